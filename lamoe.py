@@ -1,0 +1,726 @@
+"""LaMoE: a Llama-2-style decoder whose feed-forward layers are sparse mixtures of experts.
+
+A dense transformer sends every token through every weight. A sparse mixture of experts (MoE) keeps
+many feed-forward networks in each layer, and a small router picks a few of them for each token: the
+model grows, the work for a token does not. This file is the whole model, from config to text.
+
+Notable features
+- Llama's decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, untied or tied head
+- sorted dispatch: tokens sorted by expert, one matrix product an expert, a backward that only gathers
+- a router is one short class; selection and weighting are kept apart; always in fp32
+- one code path for training, prefill and one-token steps with a cache
+- `n_experts=1` is a dense Llama: the baseline is the same file
+
+References
+ [1] Llama 2                    Touvron et al. 2023    arXiv:2307.09288
+ [2] RMSNorm                    Zhang & Sennrich 2019  arXiv:1910.07467
+ [3] Rotary positions (RoPE)    Su et al. 2021         arXiv:2104.09864
+ [4] Grouped-query attention    Ainslie et al. 2023    arXiv:2305.13245
+ [5] SwiGLU                     Shazeer 2020           arXiv:2002.05202
+ [6] Mixtral                    Jiang et al. 2024      arXiv:2401.04088
+ [7] Switch Transformer         Fedus et al. 2021      arXiv:2101.03961
+ [8] ST-MoE (router z-loss)     Zoph et al. 2022       arXiv:2202.08906
+ [9] QK-norm                    Henry et al. 2020      arXiv:2010.04245
+
+A tensor's name ends in its shape, one letter a dimension:
+  B batch   T time (new positions)   S cached positions, or sorted rows in the dispatch
+  N = B*T tokens    D dim    H query heads    G key/value heads    K head dim
+  E experts    A active experts a token (= top_k)    F hidden dim of one expert    V vocabulary
+"""
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------
+# 1. Config: the architecture, and nothing else
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """One line a field. Every check raises ValueError with the cause and a remedy."""
+
+    vocab_size: int  # distinct token ids, special token included
+    dim: int = 128  # width of the residual stream
+    n_layers: int = 4  # blocks
+    n_heads: int = 2  # query heads
+    n_kv_heads: int = 2  # key/value heads; n_heads / n_kv_heads queries share one [4]
+    head_dim: int | None = None  # width of a head; None: dim / n_heads
+    hidden_dim: int = 256  # hidden width of ONE expert
+    n_experts: int = 4  # experts a layer; 1 is a dense Llama, without a router
+    top_k: int = 2  # experts a token is sent to
+    router: str = "topk"  # which class of section 5
+    seq_len: int = 256  # context [tokens]
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths [3]
+    norm_eps: float = 1e-5  # inside RMSNorm's root [1]
+    qk_norm: bool = False  # RMSNorm on each query and key head, before RoPE [9]
+    tie_embeddings: bool = False  # the output head is the embedding, transposed
+    balance_weight: float = 0.01  # weight of the balance loss [7: 0.01]
+    z_weight: float = 0.001  # weight of the router z-loss [8: 0.001]
+
+    def __post_init__(self):
+        for name in (f.name for f in dataclasses.fields(self) if f.type is int):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.dim % self.n_heads and self.head_dim is None:
+            low = self.dim - self.dim % self.n_heads
+            near = " or ".join(f"dim={d}" for d in (low, low + self.n_heads) if d)
+            raise ValueError(
+                f"dim={self.dim} is not divisible by n_heads={self.n_heads}; try {near}"
+            )
+        if self.n_heads % self.n_kv_heads:
+            fits = [g for g in range(1, self.n_heads + 1) if self.n_heads % g == 0]
+            raise ValueError(
+                f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}; "
+                f"try n_kv_heads from {fits}"
+            )
+        if self.head_size % 2:
+            raise ValueError(
+                f"head_dim={self.head_size} is odd, but RoPE rotates pairs; "
+                f"try head_dim={self.head_size + 1}"
+            )
+        if self.top_k > self.n_experts > 1:
+            raise ValueError(
+                f"top_k={self.top_k} is more than n_experts={self.n_experts}; "
+                f"try top_k={self.n_experts}"
+            )
+        if self.router not in ROUTERS:
+            raise ValueError(f"router={self.router!r} is unknown; try one of {sorted(ROUTERS)}")
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.dim // self.n_heads
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Attention: RMSNorm, RoPE, the cache, grouped-query attention
+# ---------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in fp32 [2, eq. 4].
+
+    LayerNorm without mean and bias. eps belongs inside the root: outside, a zero row divides by eps.
+    """
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return (x32 * scale * self.weight).to(x.dtype)
+
+
+def rope_table(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (length, K), of the angle by which each position turns each pair [3, eq. 15].
+
+    Pair i turns by position * theta^(-2i/K): the first pairs spin fast and tell neighbours apart,
+    the last ones slowly and tell paragraphs apart.
+    """
+    inverse_wavelength = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    angles = torch.outer(torch.arange(length).float(), inverse_wavelength).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    """x with each pair (i, i + K/2) turned by its position's angle.
+
+    After this, q_t . k_s depends on t - s alone: positions become relative for free. Pairs are the
+    two halves of a head, as in Hugging Face's Llama. Meta's own files interleave them (2i, 2i + 1);
+    mixing the two up gives a model that runs and talks nonsense.
+    """
+    left, right = x_BHTK.chunk(2, dim=-1)
+    turned = torch.cat((-right, left), dim=-1)
+    return (x_BHTK * cos_TK + turned * sin_TK).to(x_BHTK.dtype)
+
+
+class Cache:
+    """Keys and values of the positions seen so far: (layers, B, G, S, K), of a fixed size.
+
+    With it a new token costs one position of work instead of the whole text again.
+    """
+
+    def __init__(self, config: Config, batch: int, length: int, device=None, dtype=torch.float32):
+        shape = (config.n_layers, batch, config.n_kv_heads, length, config.head_size)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # positions filled; LaMoE.forward moves it on, once all layers have written
+
+    def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values up to and including the new ones, (B, G, S, K) each."""
+        end = self.length + k_BGTK.shape[2]
+        self.k[layer, :, :, self.length : end] = k_BGTK
+        self.v[layer, :, :, self.length : end] = v_BGTK
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v, (B, H, T, K); a query sees the keys up to its own position.
+
+    The queries are the last T of S positions (T = S without a cache). Query head h reads key head
+    h // (H/G) [4]. The scale is 1/sqrt(head_dim), not 1/sqrt(dim).
+    """
+    B, H, T, K = q_BHTK.shape
+    G, S = k_BGSK.shape[1:3]
+    if q_BHTK.is_cuda or q_BHTK.dtype == torch.float32:
+        mask_TS = None  # one query, or as many as keys, needs no mask tensor
+        if 1 < T < S:
+            mask_TS = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).tril(S - T)
+        return F.scaled_dot_product_attention(
+            q_BHTK, k_BGSK, v_BGSK, mask_TS, is_causal=T == S > 1, enable_gqa=H != G
+        )
+    # The same in three lines: torch's fused kernel is 2-3 times slower than this in bf16 on a CPU.
+    # The H/G query heads of a group become rows of one product, so k and v are never repeated.
+    future_TS = torch.full((T, S), -torch.inf, dtype=q_BHTK.dtype).triu(S - T + 1)
+    scores = (q_BHTK * K**-0.5).reshape(B, G, -1, K) @ k_BGSK.transpose(-2, -1)
+    probs = (scores.view(B, H, T, S) + future_TS).softmax(-1).view(B, G, -1, S)
+    return (probs @ v_BGSK).view(B, H, T, K)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention [4]: H query heads, G key/value heads, so the cache is H/G smaller."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_size = c.head_size
+        self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_size, bias=False)
+        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=False)
+        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=False)
+        self.o_proj = nn.Linear(c.n_heads * c.head_size, c.dim, bias=False)
+        self.q_norm = RMSNorm(c.head_size, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_size, c.norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x_BTD, cos_TK, sin_TK, cache: Cache | None = None, layer: int = 0):
+        B, T, _ = x_BTD.shape
+        heads = (B, T, -1, self.head_size)
+        q_BHTK = self.q_norm(self.q_proj(x_BTD).view(heads)).transpose(1, 2)
+        k_BGTK = self.k_norm(self.k_proj(x_BTD).view(heads)).transpose(1, 2)
+        v_BGTK = self.v_proj(x_BTD).view(heads).transpose(1, 2)
+        q_BHTK, k_BGTK = rotate(q_BHTK, cos_TK, sin_TK), rotate(k_BGTK, cos_TK, sin_TK)
+        if cache is not None:
+            k_BGTK, v_BGTK = cache.append(layer, k_BGTK, v_BGTK)
+        y_BHTK = attend(q_BHTK, k_BGTK, v_BGTK)
+        return self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, -1))
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Experts: one SwiGLU, and E of them in stacked parameters
+# ---------------------------------------------------------------------------------------------
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, where the last dimension holds gate first, then up [5, eq. 6]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class SwiGLU(nn.Module):
+    """The dense feed-forward layer: down(silu(gate(x)) * up(x)) [5]."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
+
+
+class Experts(nn.Module):
+    """E SwiGLUs in two stacked parameters, so that one grouped product can run them all."""
+
+    def __init__(self, n_experts: int, dim: int, hidden_dim: int):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(n_experts, 2 * hidden_dim, dim))
+        self.down_proj = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
+
+    def forward(self, x_SD: Tensor, weight_S1: Tensor, ends_E: Tensor) -> Tensor:
+        """weight * expert(x), rows sorted by expert: those of expert e end at row ends_E[e].
+
+        The weight is multiplied in before the down projection. That is linear, so the result is the
+        same, and the product joins the elementwise kernel of the SwiGLU instead of being a pass of
+        its own over the output.
+        """
+        gate_up_proj, down_proj = self.gate_up_proj.to(x_SD.dtype), self.down_proj.to(x_SD.dtype)
+        if has_grouped_mm(x_SD):
+            h_SF = swiglu(F.grouped_mm(x_SD, gate_up_proj.transpose(-2, -1), offs=ends_E))
+            return F.grouped_mm(h_SF * weight_S1, down_proj.transpose(-2, -1), offs=ends_E)
+        counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+        rows = zip(x_SD.split(counts), weight_S1.split(counts), strict=True)
+        # unbind, not [e]: its backward stacks E gradients, where [e] would add E full-size tensors
+        each = zip(rows, gate_up_proj.unbind(), down_proj.unbind(), strict=True)
+        return torch.cat([expert(*row, *weights) for row, *weights in each if len(row[0])])
+
+
+def expert(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """One expert's rows: weight * down(silu(gate(x)) * up(x))."""
+    return F.linear(swiglu(F.linear(x, gate_up)) * weight, down)
+
+
+def has_grouped_mm(x: Tensor) -> bool:
+    """Whether F.grouped_mm has a kernel for x: bf16 on an NVIDIA card from Ampere on."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (8, 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Dispatch: bring each token to its experts and the results back
+# ---------------------------------------------------------------------------------------------
+# With A experts a token there are N*A pairs (token, expert). Sorting the pairs by expert makes each
+# expert's work one dense matrix product. Two index tensors describe the trip:
+#   token_S   row s of the sorted buffer is a copy of token token_S[s]
+#   slot_NA   the a-th copy of token n lies in row slot_NA[n, a]
+# `expand` goes out along the first, `combine` comes back along the second, and each is the other's
+# transpose. autograd doesn't know that: its backward of a gather is a scatter-add, slow, and on a
+# GPU in an order that changes from run to run. Told so, both directions only ever gather.
+
+
+class Expand(torch.autograd.Function):
+    """x_ND[token_S]: one row a (token, expert) pair."""
+
+    @staticmethod
+    def forward(ctx, x_ND, token_S, slot_NA):
+        ctx.save_for_backward(slot_NA)
+        return x_ND.index_select(0, token_S)
+
+    @staticmethod
+    def backward(ctx, grad_SD):
+        return gather_sum(grad_SD, *ctx.saved_tensors), None, None
+
+
+class Combine(torch.autograd.Function):
+    """The sum over a of y_SD[slot_NA[:, a]]: each token's results, added."""
+
+    @staticmethod
+    def forward(ctx, y_SD, token_S, slot_NA):
+        ctx.save_for_backward(token_S)
+        return gather_sum(y_SD, slot_NA)
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        return grad_ND.index_select(0, *ctx.saved_tensors), None, None
+
+
+def gather_sum(y_SD: Tensor, slot_NA: Tensor) -> Tensor:
+    return y_SD.index_select(0, slot_NA.flatten()).view(*slot_NA.shape, -1).sum(1)
+
+
+def dispatch(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Tensor) -> Tensor:
+    """sum_a weights[n, a] * expert[experts[n, a]](x[n]), (N, D).
+
+    >>> experts_NA = torch.tensor([[2, 0], [0, 1], [2, 1]])  # three tokens, two experts each
+    >>> order_S = experts_NA.flatten().argsort(stable=True)  # pairs, those of expert 0 first
+    >>> (order_S // 2).tolist()                              # token_S: whose copy each row is
+    [0, 1, 1, 2, 0, 2]
+    >>> order_S.argsort().view(3, 2).tolist()                # slot_NA: where each copy went
+    [[4, 0], [1, 2], [5, 3]]
+    """
+    weights_NA = weights_NA.to(x_ND.dtype)
+    if len(x_ND) == 1 and not x_ND.is_cuda:  # a step of generation: nothing to sort
+        rows = zip(experts_NA[0].tolist(), weights_NA[0], strict=True)
+        return sum(expert(x_ND, w, experts.gate_up_proj[e], experts.down_proj[e]) for e, w in rows)
+    A = experts_NA.shape[1]
+    sorted_S, order_S = experts_NA.flatten().sort(stable=True)
+    ids_E = torch.arange(len(experts.down_proj), device=x_ND.device)
+    ends_E = torch.searchsorted(sorted_S, ids_E, right=True, out_int32=True)
+    slot_NA = order_S.argsort().view_as(experts_NA)
+    token_S = order_S.div(A, rounding_mode="floor")
+    x_SD = Expand.apply(x_ND, token_S, slot_NA)
+    weight_S1 = Expand.apply(weights_NA.view(-1, 1), order_S, slot_NA.view(-1, 1))
+    return Combine.apply(experts(x_SD, weight_S1, ends_E), token_S, slot_NA)
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Routers: which experts a token goes to, and how much each counts
+# ---------------------------------------------------------------------------------------------
+
+
+class Routing(NamedTuple):
+    """What a router decides. fp32 throughout: near-ties between experts must not hang on rounding."""
+
+    experts_NA: Tensor  # chosen experts, distinct within a row
+    weights_NA: Tensor  # what each counts in the output
+    loss: Tensor  # weighted auxiliary losses, added to the cross-entropy in training
+
+
+def router_logits(x_BTD: Tensor, weight_ED: Tensor) -> Tensor:
+    """(N, E) scores in fp32, whatever autocast says."""
+    with torch.autocast(x_BTD.device.type, enabled=False):
+        return F.linear(x_BTD.flatten(0, 1).float(), weight_ED.float())
+
+
+def load_share(experts_NA: Tensor, n_experts: int) -> Tensor:
+    """The share of all choices that each expert got, (E,); sums to 1, and has no gradient."""
+    ids_E = torch.arange(n_experts, device=experts_NA.device)
+    return (experts_NA.flatten()[:, None] == ids_E).float().mean(0)
+
+
+def balance_loss(probs_NE: Tensor, experts_NA: Tensor) -> Tensor:
+    """E * sum_e f_e P_e [7, eq. 4-6]: f the share of choices, P the mean probability of expert e.
+
+    1 when both are uniform, E/A when A experts share everything. f counts and has no gradient; P
+    has one, and is pushed down most where f is large. Over the whole batch of one layer: balance
+    within each sequence is not asked for, and leaves experts free to specialise.
+
+    >>> balance_loss(torch.full((2, 4), 0.25), torch.tensor([[0, 1], [2, 3]])).item()
+    1.0
+    >>> balance_loss(torch.tensor([[1.0, 0, 0, 0]] * 2), torch.tensor([[0], [0]])).item()
+    4.0
+    """
+    n_experts = probs_NE.shape[-1]
+    return n_experts * (load_share(experts_NA, n_experts) * probs_NE.mean(0)).sum()
+
+
+def z_loss(logits_NE: Tensor) -> Tensor:
+    """The mean of logsumexp(logits)^2 [8, eq. 5]: keeps the logits small, so rounding stays small."""
+    return logits_NE.logsumexp(-1).square().mean()
+
+
+class TopK(nn.Module):
+    """Mixtral's router [6, section 2.1]: softmax over the k largest logits.
+
+    weights = softmax(top_k(x W)). At k = 1 that is always exactly 1, so the task's loss gives this
+    router no gradient: only the balance loss would move it.
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.config = c
+        self.weight = nn.Parameter(torch.empty(c.n_experts, c.dim))
+
+    def forward(self, x_BTD: Tensor) -> Routing:
+        c = self.config
+        logits_NE = router_logits(x_BTD, self.weight)
+        top_logits_NA, experts_NA = logits_NE.topk(c.top_k, dim=-1)
+        loss = logits_NE.new_zeros(())
+        if self.training:
+            loss = c.balance_weight * balance_loss(logits_NE.softmax(-1), experts_NA)
+            loss = loss + c.z_weight * z_loss(logits_NE)
+        return Routing(experts_NA, top_logits_NA.softmax(-1), loss)
+
+
+ROUTERS = {"topk": TopK}  # a new router: write its class above, name it here
+
+
+class MoE(nn.Module):
+    """The sparse feed-forward layer: route, dispatch, add."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.router = ROUTERS[c.router](c)
+        self.experts = Experts(c.n_experts, c.dim, c.hidden_dim)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+        routing = self.router(x_BTD)
+        x_ND = x_BTD.flatten(0, 1).to(compute_dtype(x_BTD))
+        y_ND = dispatch(self.experts, x_ND, routing.experts_NA, routing.weights_NA)
+        return y_ND.view_as(x_BTD), routing
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype matrix products run in: autocast's when it is on, else x's own.
+
+    nn.Linear asks by itself; the experts' products are ours, so we ask for them.
+    """
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. The model
+# ---------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.attn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attn = Attention(c)
+        self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.ffn = MoE(c) if c.n_experts > 1 else SwiGLU(c.dim, c.hidden_dim)
+
+    def forward(self, x_BTD, cos_TK, sin_TK, cache: Cache | None = None, layer: int = 0):
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cos_TK, sin_TK, cache, layer)
+        y_BTD, routing = self.ffn(self.ffn_norm(x_BTD)), None
+        if isinstance(self.ffn, MoE):
+            y_BTD, routing = y_BTD
+        return x_BTD + y_BTD, routing
+
+
+class Output(NamedTuple):
+    """What LaMoE.forward computed."""
+
+    logits: Tensor  # (B, T, V), fp32
+    loss: Tensor | None  # cross-entropy [nats a token]; None without targets
+    aux: Tensor  # the routers' weighted losses, summed over layers
+    load: Tensor  # (MoE layers, E): share of choices an expert got before capacity; rows sum to 1
+    dropped: Tensor  # share of choices lost to capacity
+    experts: Tensor | None  # (MoE layers, B, T, A), if asked
+
+
+class LaMoE(nn.Module):
+    """The decoder: embedding, blocks, norm, head."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = c = config
+        self.embed = nn.Embedding(c.vocab_size, c.dim)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
+        self.norm = RMSNorm(c.dim, c.norm_eps)
+        self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
+        if c.tie_embeddings:
+            self.head.weight = self.embed.weight
+        cos, sin = rope_table(c.head_size, c.seq_len, c.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Normal(0, 0.02), but what writes to the residual stream starts at zero.
+
+        So each block starts as the identity, and a zero head starts the loss at exactly ln(V). A
+        free embedding starts large: words that stand in the same contexts are pulled together, and
+        copying a name needs what still tells them apart. Tied to the head it can't be large, or the
+        first logits would be.
+        """
+        for name, weight in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight", "head.weight")):
+                nn.init.zeros_(weight)
+            elif weight.dim() > 1:
+                nn.init.normal_(weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=0.02 if self.config.tie_embeddings else 1.0)
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        return_experts: bool = False,
+    ) -> Output:
+        """Logits for the token after each position; with targets, also the loss (-100: not scored).
+
+        With a cache, ids are the T positions after those it holds.
+        """
+        c = self.config
+        T, start = ids_BT.shape[1], cache.length if cache is not None else 0
+        if start + T > c.seq_len:
+            raise ValueError(
+                f"{start + T} tokens do not fit the context of seq_len={c.seq_len}; "
+                f"shorten the text, or train with --seq_len {start + T}"
+            )
+        cos_TK, sin_TK = self.cos[start : start + T], self.sin[start : start + T]
+        x_BTD, routings = self.embed(ids_BT), []
+        for layer, block in enumerate(self.blocks):
+            x_BTD, routing = block(x_BTD, cos_TK, sin_TK, cache, layer)
+            if routing is not None:
+                routings.append(routing)
+        if cache is not None:
+            cache.length += T
+        logits_BTV = self.head(self.norm(x_BTD)).float()
+        loss = None
+        if targets_BT is not None:
+            loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+        zero = x_BTD.new_zeros((), dtype=torch.float32)
+        loads = [load_share(r.experts_NA, c.n_experts) for r in routings]
+        experts = [r.experts_NA.view(*ids_BT.shape, -1) for r in routings]
+        return Output(
+            logits=logits_BTV,
+            loss=loss,
+            aux=sum((r.loss for r in routings), zero),
+            load=torch.stack(loads) if loads else zero.new_zeros(0, c.n_experts),
+            dropped=zero,
+            experts=torch.stack(experts) if return_experts and experts else None,
+        )
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        ids_BT: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: int | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        """Yields ids_B, one new token for each row, as they come.
+
+        Ends after max_new_tokens, when the context is full, or when every row has produced the stop
+        token (a row that has goes on repeating it). All rows have the same length T.
+        """
+        if self.training:
+            raise ValueError("generate needs the model in evaluation mode; call model.eval() first")
+        B, T = ids_BT.shape
+        length = min(T + max_new_tokens, self.config.seq_len)
+        dtype = compute_dtype(self.embed.weight)
+        cache = Cache(self.config, B, length, ids_BT.device, dtype)
+        seen_BV = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=ids_BT.device)
+        done_B = torch.zeros(B, dtype=torch.bool, device=ids_BT.device)
+        new_BT = ids_BT  # prefill with the whole prompt, then one token at a time
+        for _ in range(min(max_new_tokens, self.config.seq_len - T)):
+            seen_BV.scatter_(1, new_BT, True)
+            logits_BV = self(new_BT, cache=cache).logits[:, -1]
+            logits_BV = penalize(logits_BV, seen_BV, repetition_penalty)
+            ids_B = sample(logits_BV, temperature, top_k, top_p, min_p, generator)
+            if stop is not None:
+                ids_B = torch.where(done_B, stop, ids_B)
+                done_B |= ids_B == stop
+            yield ids_B
+            if stop is not None and done_B.all():
+                return
+            new_BT = ids_B[:, None]
+
+
+def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    """Logits of tokens already seen divided by the penalty, or multiplied where negative.
+
+    1 changes nothing (Keskar et al. 2019, CTRL, arXiv:1909.05858, section 4.1).
+    """
+    if penalty == 1.0:
+        return logits_BV
+    lower_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return torch.where(seen_BV, lower_BV, logits_BV)
+
+
+def sample(logits_BV, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None):
+    """One id a row, (B,), drawn from softmax(logits / temperature) cut down by the filters.
+
+    Temperature 0 takes the largest. top_k keeps the k most likely; min_p those with at least min_p
+    times the probability of the most likely; top_p the fewest that together reach top_p (the token
+    that crosses it included, so never none).
+
+    >>> sample(torch.tensor([[1.0, 3.0, 2.0]]), temperature=0).tolist()
+    [1]
+    """
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    logits_BV = logits_BV / temperature
+    if top_k is not None:
+        kth_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
+    if min_p is not None:
+        least_B1 = logits_BV.amax(-1, keepdim=True) + math.log(max(min_p, 1e-30))
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+    if top_p is not None:
+        sorted_BV, order_BV = logits_BV.sort(descending=True, stable=True)
+        probs_BV = sorted_BV.softmax(-1)
+        before_BV = probs_BV.cumsum(-1) - probs_BV  # mass of the tokens ahead of each
+        sorted_BV = sorted_BV.masked_fill(before_BV >= top_p, -torch.inf)
+        logits_BV = torch.empty_like(logits_BV).scatter(1, order_BV, sorted_BV)
+    return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Counting: what a model holds, and what a token costs
+# ---------------------------------------------------------------------------------------------
+
+
+def count_parameters(model: LaMoE) -> dict[str, tuple[int, int]]:
+    """(total, active) parameters of each part: a token passes through `active` of them.
+
+    An embedding is a look-up, no product, so none of it is active; a tied one is active as head.
+    """
+    c, parts = model.config, {}
+    for name, weight in model.named_parameters():
+        n = active = weight.numel()
+        part = "norms"
+        if weight is model.embed.weight:
+            part, active = "embedding", n if c.tie_embeddings else 0
+        elif "experts" in name:
+            part, active = "experts", n * c.top_k // c.n_experts
+        elif weight.dim() > 1:
+            part = next(p for p in ("router", "attn", "ffn", "head") if p in name)
+        total_active = parts.get(part, (0, 0))
+        parts[part] = (total_active[0] + n, total_active[1] + active)
+    parts["all"] = tuple(sum(column) for column in zip(*parts.values(), strict=True))
+    return parts
+
+
+def flops_per_token(model: LaMoE) -> int:
+    """Floating-point operations to train on one token, forward and backward.
+
+    2 a weight forward and 4 backward for every active matrix weight, and for causal attention
+    12 * layers * H * K * T/2: scores and values, each half masked away.
+    """
+    c, parts = model.config, count_parameters(model)
+    attention = 12 * c.n_layers * c.n_heads * c.head_size * c.seq_len // 2
+    return 6 * (parts["all"][1] - parts["norms"][1]) + attention
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. Save and load
+# ---------------------------------------------------------------------------------------------
+
+
+def save(path: str | os.PathLike, checkpoint: dict) -> None:
+    """Write a dict of tensors and plain types so that `path` is always whole: the old or the new.
+
+    A temporary file is written, flushed to the disk and renamed, and so is the folder entry: a
+    crash or a full disk at any moment leaves the previous checkpoint in place.
+    """
+    path = os.fspath(path)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    if os.name == "posix":
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def read(path: str | os.PathLike) -> dict:
+    """The dict that `save` wrote. weights_only: a checkpoint is data and can't run code."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; make one with: python train.py") from None
+    except Exception as error:  # zip, pickle and unpickling errors have no common class
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is not a readable checkpoint ({reason[:120]}); use another, or train again"
+        ) from None
+    if not isinstance(checkpoint, dict) or not {"config", "model"} <= checkpoint.keys():
+        raise ValueError(f"{path} is not a LaMoE checkpoint; make one with: python train.py")
+    return checkpoint
+
+
+def load(path: str | os.PathLike, device: str = "cpu"):
+    """(model in evaluation mode, tokenizer or None) from a checkpoint file."""
+    import bpe
+
+    checkpoint = read(path)
+    try:
+        model = LaMoE(Config(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit this version of LaMoE: {reason}") from None
+    state = checkpoint.get("tokenizer")
+    tokenizer = bpe.Tokenizer.from_state(state) if state else None
+    if tokenizer and tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, "
+            f"its model {model.config.vocab_size}; they are not from one training run"
+        )
+    return model.to(device).eval(), tokenizer

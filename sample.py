@@ -1,0 +1,172 @@
+"""Write text with a trained LaMoE: one prompt, or a conversation.
+
+    python sample.py "Once, upon a time"                 with the newest run's best model
+    python sample.py "Once, upon a time" -n 3 --seed 7   three continuations, the same every time
+    python sample.py                                     no prompt: User: / Model: until exit
+
+Text appears as it is drawn, a character only once all its bytes are there. The same seed and flags
+give the same text.
+"""
+
+import argparse
+import codecs
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import lamoe
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    class OneLine(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"error: {message}; see python sample.py --help\n")
+
+    parser = OneLine("sample.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("prompt", nargs="?", help="the text to continue; without it, a conversation")
+    add("--model", metavar="PATH", help="a checkpoint; default: best.pt of the newest run")
+    add("--max_new_tokens", type=positive(int), default=200)
+    add("--temperature", type=non_negative, default=0.8, help="0: always the likeliest token")
+    add("--top_k", type=positive(int), help="draw from the k likeliest tokens")
+    add("--top_p", type=share, help="draw from the fewest tokens that together reach this share")
+    add(
+        "--min_p",
+        type=share,
+        default=0.02,
+        help="leave out what is less likely than this times the best",
+    )
+    add(
+        "--repetition_penalty",
+        type=positive(float),
+        default=1.0,
+        help="above 1: avoid what was said",
+    )
+    add("--stop", metavar="TEXT", help="end where this text appears, besides <|endoftext|>")
+    add("--seed", type=int, help="default: another every time")
+    add("-n", type=positive(int), default=1, help="how many continuations")
+    add("--device", default="cpu", choices=["cpu", "cuda", "mps"])
+    return parser.parse_args(arguments)
+
+
+def positive(kind):
+    def check(text):
+        if not (value := kind(text)) > 0:
+            raise argparse.ArgumentTypeError(f"{text} must be above 0")
+        return value
+
+    return check
+
+
+def non_negative(text: str) -> float:
+    if not (value := float(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
+    return value
+
+
+def share(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
+    return value
+
+
+def newest_model() -> Path:
+    models = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    if not models:
+        raise ValueError("no model in runs/ yet; make one (minutes): python train.py")
+    return models[-1]
+
+
+def stream(model, tokenizer, prompt: str, args, generator: torch.Generator):
+    """Yields pieces of the continuation as they come; never half a character.
+
+    With a stop text, its possible beginnings are held back until they turn out to be none.
+    """
+    ids = [tokenizer.eot, *tokenizer.encode(prompt)]
+    if len(ids) >= model.config.seq_len:
+        raise ValueError(
+            f"the prompt has {len(ids) - 1} tokens and the model reads {model.config.seq_len} at "
+            f"most; shorten it to {model.config.seq_len - 2}"
+        )
+    decoder, held, n = codecs.getincrementaldecoder("utf-8")("replace"), "", 0
+    for ids_B in model.generate(
+        torch.tensor([ids], device=args.device),
+        args.max_new_tokens,
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.min_p,
+        args.repetition_penalty,
+        tokenizer.eot,
+        generator,
+    ):
+        n += 1
+        if ids_B.item() == tokenizer.eot:
+            break
+        held += decoder.decode(tokenizer.decode_bytes(ids_B))
+        if args.stop and args.stop in held:
+            yield held[: held.index(args.stop)], n
+            return
+        keep = 0  # characters at the end that may be the beginning of the stop text
+        if args.stop:
+            keep = next(
+                (k for k in range(len(args.stop) - 1, 0, -1) if held.endswith(args.stop[:k])), 0
+            )
+        yield held[: len(held) - keep], n
+        held = held[len(held) - keep :]
+    else:
+        if len(ids) + n >= model.config.seq_len:
+            held += f" [the context of {model.config.seq_len} tokens is full]"
+    yield held + decoder.decode(b"", final=True), n
+
+
+def answer(model, tokenizer, prompt: str, args, generator: torch.Generator) -> None:
+    started, n = time.perf_counter(), 0
+    for piece, n in stream(model, tokenizer, prompt, args, generator):
+        print(piece, end="", flush=True)
+    seconds = time.perf_counter() - started
+    print()
+    print(f"[{n} tokens, {n / seconds:,.0f} a second]", file=sys.stderr)
+
+
+def converse(model, tokenizer, args, generator: torch.Generator) -> None:
+    print('Type the beginning of a text; "exit" ends.')
+    while True:
+        try:
+            prompt = input("User: ")
+        except EOFError:
+            return print()
+        if prompt.strip() == "exit":
+            return
+        print(f"Model: {prompt}", end="")
+        try:
+            answer(model, tokenizer, prompt, args, generator)
+        except ValueError as error:  # a prompt that is too long: say so, and go on
+            print(f"\n[{error}]")
+
+
+def main() -> None:
+    args = parse()
+    try:
+        model, tokenizer = lamoe.load(args.model or newest_model(), args.device)
+        generator = torch.Generator(args.device)
+        generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
+        if args.prompt is None:
+            return converse(model, tokenizer, args, generator)
+        for i in range(args.n):
+            if args.n > 1:
+                print(f"--- {i + 1} of {args.n}")
+            print(args.prompt, end="", flush=True)
+            answer(model, tokenizer, args.prompt, args, generator)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

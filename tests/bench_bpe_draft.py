@@ -1,0 +1,112 @@
+"""Prints how bpe.py compares with rustbpe and tiktoken: ratios, both sides timed in one process.
+
+    RAYON_NUM_THREADS=1 python tests/bench_bpe_draft.py [FILE ...] [--vocab_size 16384]
+
+Without files, it gathers some 60 MB of sources and texts of this machine. One text in ten is held
+out: encoding is measured on those, first cold (nothing cached), then warm (median of five).
+"""
+
+import argparse
+import gzip
+import os
+import random
+import statistics
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+os.environ.setdefault("RAYON_NUM_THREADS", "1")  # one core on both sides
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+def seconds(function):
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def gather(paths, limit=66_000_000):
+    """Returns texts of `paths` (or of this machine) in random order, up to `limit` characters."""
+    if not paths:
+        roots = [sysconfig.get_paths()["stdlib"], "/usr/share", "/usr/include"]
+        kinds = {".py", ".txt", ".rst", ".md", ".h", ".c", ".html", ".pm", ".gz"}
+        found = (p for root in roots for p in sorted(Path(root).rglob("*")) if p.suffix in kinds)
+        paths = [p for p in found if p.is_file() and 200 < p.stat().st_size < 300_000]
+        random.Random(0).shuffle(paths)
+    texts, size = [], 0
+    for path in map(Path, paths):
+        try:
+            data = path.read_bytes()
+            data = gzip.decompress(data) if path.suffix == ".gz" else data
+            text = data.decode()
+        except (OSError, EOFError, UnicodeDecodeError):
+            continue
+        texts += [text[i : i + 20_000] for i in range(0, len(text), 20_000)]
+        size += len(text)
+        if size > limit:
+            break
+    random.Random(1).shuffle(texts)
+    return texts
+
+
+def bench_bpe(texts, vocab_size=16384, rounds=5):
+    """Prints one line per promise: our time or speed over theirs."""
+    import rustbpe
+
+    import bpe
+
+    n = len(texts) // 10
+    held_out, train = texts[:n], texts[n:]
+    n_bytes = sum(len(text.encode()) for text in held_out)
+    mb = sum(len(text.encode()) for text in train) / 1e6
+    rust = rustbpe.Tokenizer()
+    theirs, _ = seconds(
+        lambda: rust.train_from_iterator(iter(train), vocab_size - 1, pattern=bpe.PATTERN)
+    )
+    ours, tok = seconds(lambda: bpe.Tokenizer.train(train, vocab_size))
+    same = [bytes(b) for b, _ in rust.get_mergeable_ranks()] == list(tok._tokens[:-1])
+    print(f"train {mb:.0f} MB, {vocab_size} ids: {ours:.1f} s, rustbpe {theirs:.1f} s: ", end="")
+    print(f"{ours / theirs:.2f} x the time, merges equal: {same}")
+
+    encoding = tok.to_tiktoken()
+    ways = {
+        "tiktoken": lambda: [encoding.encode_ordinary(text) for text in held_out],
+        "encode": lambda: [tok.encode(text) for text in held_out],
+        "encode_array": lambda: tok.encode_array(held_out),
+    }
+    for name in ("encode", "encode_array"):
+        tok._packed.clear()
+        cold, _ = seconds(ways[name])
+        print(f"{name} cold: {n_bytes / cold / 1e6:.1f} MB/s")
+        tok._packed.clear()
+        tok.encode_array(train[: len(train) // 3])
+        other, _ = seconds(ways[name])
+        print(f"{name} warmed on other text: {n_bytes / other / 1e6:.1f} MB/s")
+    times = {name: [] for name in ways}
+    for _ in range(rounds):  # interleaved: noise of the machine hits all alike
+        for name, way in ways.items():
+            times[name].append(seconds(way)[0])
+    speed = {name: n_bytes / statistics.median(t) / 1e6 for name, t in times.items()}
+    for name in ("encode", "encode_array"):
+        ratio = speed[name] / speed["tiktoken"]
+        print(f"{name} warm: {speed[name]:.1f} MB/s, tiktoken {speed['tiktoken']:.1f}: ", end="")
+        print(f"{ratio:.2f} x the speed")
+    prompt = "Once upon a time there was a small dragon, it's ok"
+    for name, encode in {"tiktoken": encoding.encode_ordinary, "encode": tok.encode}.items():
+        micro = seconds(lambda e=encode: [e(prompt) for _ in range(10_000)])[0] * 100
+        print(f"50-byte prompt, {name}: {micro:.1f} us")
+    for name, decode in {"tiktoken": encoding.decode, "decode": tok.decode}.items():
+        ids = tok.encode_array(held_out)[:100_000].tolist()
+        took, text = seconds(lambda d=decode, i=ids: d(i))
+        print(f"{name}: {len(text.encode()) / took / 1e6:.0f} MB/s")
+    took, _ = seconds(lambda: tok.encode("a" * 1_000_000))
+    print(f'"a" * 1,000,000: {took:.1f} s')
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*")
+    parser.add_argument("--vocab_size", type=int, default=16384)
+    args = parser.parse_args()
+    bench_bpe(gather(args.files), args.vocab_size)

@@ -1,0 +1,476 @@
+"""What bpe.py promises, checked against a naive BPE in this file and against three other ones."""
+
+import copy
+import os
+import pickle
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import bpe
+from bpe import SPECIAL, Tokenizer
+
+MISSING = "oracle missing: pip install -e '.[oracle]'"
+
+# Characters at which splitters go wrong: all kinds of white space and line breaks, letters of the
+# contractions (the long s is an s where case is ignored), digits that are no 0-9, marks, joiners.
+TRICKY = (
+    " \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u2028\u3000"
+    "'sStTlLvVeErRdDmMſaZ019²Ⅷ٣_.,!-\"<|>éßİ字ア\u0301\u200d😀\0"
+)
+tricky_text = st.text(st.sampled_from(TRICKY), max_size=40)
+any_text = st.one_of(
+    tricky_text,
+    st.text(),
+    st.lists(st.sampled_from(["don't", " the", "  ", "\n", "\r\n", "!", SPECIAL, "12345"])).map(
+        "".join
+    ),
+)
+# Characters that every Unicode version in use agrees on: oracles carry tables of other versions.
+agreed_text = st.one_of(tricky_text, st.text(st.characters(exclude_categories=["Cs", "Cn", "Co"])))
+
+DOCUMENTS = [
+    "The quick brown fox doesn't jump over 1234567 lazy dogs; it can't, it WON'T!\n\n\tEnd.  \n",
+    "def f(x):\n    return x  # naïve café 北京市 привет 😀😀\r\n" * 3,
+    "she sells sea shells on the sea shore, the shells she sells are sea shells I'm sure\n" * 2,
+    "aaaaaaaa aaaa aaa aaaaaaaaaaaaa abababab ababab ---- -------- ======\n",
+    "",
+] + [bpe.__doc__]
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return Tokenizer.train(DOCUMENTS, 500)
+
+
+# ---------------------------------------------------------------- the naive BPE
+
+
+def naive_merge(ids, pair, new_id):
+    out, i = [], 0
+    while i < len(ids):
+        if tuple(ids[i : i + 2]) == pair:
+            out.append(new_id)
+            i += 2
+        else:
+            out.append(ids[i])
+            i += 1
+    return out
+
+
+def naive_words(text):
+    return [list(word.encode()) for word in bpe.regex.findall(bpe.PATTERN, text)]
+
+
+def naive_train(documents, vocab_size):
+    words = [word for text in documents for word in naive_words(text)]
+    merges = []
+    while len(merges) < vocab_size - 257:
+        counts = Counter(pair for word in words for pair in pairwise(word))
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        words = [naive_merge(word, best, 256 + len(merges)) for word in words]
+        merges.append(best)
+    return merges
+
+
+def naive_encode(text, merges):
+    ids = []
+    for word in naive_words(text):
+        for i, pair in enumerate(merges):
+            word = naive_merge(word, pair, 256 + i)
+        ids += word
+    return ids
+
+
+# ---------------------------------------------------------------- splitting
+
+
+def words_of(pieces):
+    return [word for piece in pieces for word in bpe.split_words(piece)]
+
+
+@settings(max_examples=500)
+@given(any_text)
+@example("a  b")
+@example("!\r\n\r\n  \n x")
+@example("\n\x1c \x1c\n b")
+def test_chunks_never_change_the_words(text):
+    words = bpe.split_words(text)
+    assert "".join(words) == text
+    assert words_of(bpe.split_chunks(text)) == words
+    assert all(bpe.split_words(word) == [word] for word in words)  # what the cache relies on
+
+
+@settings(max_examples=500)
+@given(any_text, st.integers(1, 5))
+def test_blocks_never_change_the_words(text, size):
+    full_size, bpe.BLOCK = bpe.BLOCK, size
+    try:
+        pieces = list(bpe.blocks(text))
+    finally:
+        bpe.BLOCK = full_size
+    assert "".join(pieces) == text
+    assert words_of(pieces) == bpe.split_words(text)
+
+
+def test_blocks_are_short():
+    for line in ("word " * 20_000, "line\n" * 20_000, "    x = 1;\n" * 20_000):
+        assert max(map(len, bpe.blocks(line))) < bpe.BLOCK + 20
+
+
+@given(st.lists(any_text))
+def test_counts_are_the_words_of_all_documents(documents):
+    assert bpe.count_words(documents) == Counter(words_of(documents))
+
+
+# ---------------------------------------------------------------- training
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(any_text, st.text("ab ", max_size=60))), st.integers(257, 300))
+@example(DOCUMENTS, 400)
+@example(["a" * 50 + " " + "ab" * 30 + " " + "aab" * 20], 290)
+def test_brute_force_gives_same_merges(documents, vocab_size):
+    assert Tokenizer.train(documents, vocab_size).merges == naive_train(documents, vocab_size)
+
+
+def test_ties_go_to_the_smallest_pair():
+    assert Tokenizer.train(["zy xw ba"], 258).merges == [(32, 98)]  # " b" before "ba", "xw", "zy"
+    assert Tokenizer.train(["zy\nxw\nba\n"], 260).merges == [(98, 97), (120, 119), (122, 121)]
+
+
+def test_training_stops_when_no_pair_is_left():
+    tok = Tokenizer.train(["abc", "abc"], 1000)
+    assert tok.vocab_size == 259 and tok.eot == 258 and tok.decode([257]) == "abc"
+    assert Tokenizer.train([], 1000).vocab_size == Tokenizer.train([""], 257).vocab_size == 257
+
+
+def test_training_streams_its_documents():
+    alive = Counter()
+
+    class Document(str):
+        def __new__(cls, text):
+            alive["most"] = max(alive["most"], alive["now"] + 1)
+            alive["now"] += 1
+            return str.__new__(cls, text)
+
+        def __del__(self):
+            alive["now"] -= 1
+
+    Tokenizer.train((Document(f"word{i} and more") for i in range(50)), 300)
+    assert alive["most"] <= 2
+
+
+def test_training_reports_progress():
+    lines = []
+    Tokenizer.train(["many words " * 200_000 + " ".join(map(str, range(9999)))], 600, lines.append)
+    assert "million characters" in lines[0] and lines[-1] == "256 of 343 pairs merged"
+
+
+def test_too_small_a_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="vocab_size=256 .* use 257 or more"):
+        Tokenizer.train(["text"], 256)
+
+
+def test_one_str_is_not_taken_for_documents(tok):
+    with pytest.raises(TypeError, match=r"pass a list: \[text\]"):
+        Tokenizer.train("text", 300)
+    with pytest.raises(TypeError, match=r"pass a list: \[text\]"):
+        tok.encode_array("text")
+
+
+@pytest.mark.oracle
+def test_merges_equal_rustbpe():
+    rustbpe = pytest.importorskip("rustbpe", reason=MISSING)
+    documents = DOCUMENTS + [Path(bpe.__file__).read_text(encoding="utf-8")]
+    theirs = rustbpe.Tokenizer()
+    theirs.train_from_iterator(iter(documents), 1500, pattern=bpe.PATTERN)
+    ours = Tokenizer.train(documents, 1501)  # rustbpe has no special token
+    assert [bytes(token) for token, _ in theirs.get_mergeable_ranks()] == [
+        ours.decode_bytes([i]) for i in range(1500)
+    ]
+
+
+# ---------------------------------------------------------------- encoding and decoding
+
+
+@settings(deadline=None)
+@given(any_text)
+def test_any_string_round_trips(tok, text):
+    for tokenizer in (tok, Tokenizer([])):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.eot not in ids
+        assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
+
+
+@settings(deadline=None)
+@given(any_text)
+def test_brute_force_gives_same_ids(tok, text):
+    assert tok.encode(text) == naive_encode(text, tok.merges)
+
+
+@given(st.one_of(st.text("ab", min_size=1), st.binary(min_size=1)))
+def test_long_words_are_merged_like_short_ones(text):
+    tok = Tokenizer.train(["abababaab aaaa aababb abbabab bbbb ababaaaaaab"], 290)
+    ids = list(text.encode() if isinstance(text, str) else text)
+    ranks = {pair: 256 + i for i, pair in enumerate(tok.merges)}
+    assert bpe.merge_long_word(list(ids), ranks) == bpe.merge_word(ids, ranks)
+
+
+def test_long_run_is_fast_enough(tok):
+    start = time.perf_counter()
+    for text in ("a" * 1_000_000, " " * 1_000_000 + "x", "=" * 300_000 + "\n" * 300_000):
+        assert tok.decode(tok.encode(text)) == text
+    Tokenizer.train(["a" * 1_000_000 + "ab" * 500_000], 300)
+    assert time.perf_counter() - start < 30  # 4 s here; a quadratic merge takes an hour
+
+
+@given(st.lists(any_text))
+def test_encode_array_is_each_document_then_eot(tok, documents):
+    array = tok.encode_array(iter(documents))
+    assert array.dtype == np.uint16 and array.flags.writeable
+    assert array.tolist() == [i for text in documents for i in (*tok.encode(text), tok.eot)]
+
+
+def test_array_is_uint32_above_65536_ids():
+    pairs = [(a, b) for a in range(256) for b in range(256)]
+    for n, dtype in ((65536 - 257, np.uint16), (65536 - 256, np.uint32)):
+        tok = Tokenizer(pairs[:n])
+        assert tok.encode_array(["\u00ff"]).dtype == dtype
+        assert tok.encode_array(["hi"]).tolist() == tok.encode("hi") + [n + 256]
+
+
+def test_full_cache_changes_nothing(tok, monkeypatch):
+    monkeypatch.setattr(bpe, "CACHE_SIZE", 3)
+    small = Tokenizer(tok.merges)
+    assert [small.encode(text) for text in DOCUMENTS] == [tok.encode(text) for text in DOCUMENTS]
+    assert len(small._packed) <= 3
+
+
+def test_special_token_in_text_is_ordinary(tok):
+    text = f"a{SPECIAL}b{SPECIAL}"
+    assert tok.eot not in tok.encode(text) and tok.decode(tok.encode(text)) == text
+    allowed = tok.encode(text, allow_special=True)
+    assert allowed == [*tok.encode("a"), tok.eot, *tok.encode("b"), tok.eot]
+    assert tok.decode(allowed) == text
+    assert tok.byte_lengths[tok.eot] == len(SPECIAL)
+
+
+def test_partial_utf8_decodes_to_replacement_characters():
+    tok = Tokenizer([])
+    ids = tok.encode("é!")
+    assert tok.decode(ids[1:]) == "\ufffd!" and tok.decode(ids[:1]) == "\ufffd"
+    assert tok.decode_bytes(ids[:1]) == "é".encode()[:1]
+    assert tok.decode([]) == "" and tok.decode_bytes([]) == b""
+
+
+def test_decode_takes_lists_arrays_and_generators(tok):
+    ids = tok.encode("some text")
+    assert (
+        tok.decode(np.array(ids)) == tok.decode(iter(ids)) == tok.decode(tuple(ids)) == "some text"
+    )
+
+
+@pytest.mark.parametrize("bad", [-1, 500, 2**40, 2**70, 1.0, "a", None])
+def test_id_out_of_range_is_refused(tok, bad):
+    with pytest.raises(ValueError, match="integers from 0 to 499"):
+        tok.decode([97, bad])
+
+
+def test_surrogate_refused(tok):
+    text = "fine, then \ud800"
+    for call in (
+        lambda: tok.encode(text),
+        lambda: tok.encode_array([text]),
+        lambda: Tokenizer.train([text], 300),
+    ):
+        with pytest.raises(ValueError, match=r"lone surrogate U\+D800") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.oracle
+@settings(deadline=None, max_examples=300)
+@given(text=agreed_text)
+def test_ids_equal_tiktoken(tok, text):
+    pytest.importorskip("tiktoken", reason=MISSING)
+    if not hasattr(tok, "oracle"):
+        tok.oracle = tok.to_tiktoken()
+    assert tok.encode(text) == tok.oracle.encode_ordinary(text)
+    assert tok.oracle.n_vocab == tok.vocab_size and tok.oracle.eot_token == tok.eot
+
+
+def hugging_face(tok):
+    """Returns a tokenizers.Tokenizer with our merges, in GPT-2's alphabet of visible bytes."""
+    oracle = pytest.importorskip("tokenizers", reason=MISSING)
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {i: chr(i) for i in visible}
+    letters |= {i: chr(256 + n) for n, i in enumerate(sorted({*range(256)} - {*visible}))}
+    names = ["".join(letters[i] for i in tok.decode_bytes([token])) for token in range(tok.eot)]
+    model = oracle.models.BPE(
+        {name: i for i, name in enumerate(names)}, [(names[a], names[b]) for a, b in tok.merges]
+    )
+    theirs, pre = oracle.Tokenizer(model), oracle.pre_tokenizers
+    split = pre.Split(oracle.Regex(bpe.PATTERN), behavior="isolated")
+    theirs.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(False, use_regex=False)])
+    return theirs
+
+
+@pytest.mark.oracle
+@settings(deadline=None, max_examples=300)
+@given(text=agreed_text)
+def test_ids_equal_hf_tokenizers(tok, text):
+    if not hasattr(tok, "hf_oracle"):
+        tok.hf_oracle = hugging_face(tok)
+    assert tok.encode(text) == tok.hf_oracle.encode(text).ids
+
+
+# ---------------------------------------------------------------- saving
+
+
+def test_save_load_and_state_give_the_same_tokenizer(tok, tmp_path):
+    tok.save(tmp_path / "tok.json")
+    assert os.listdir(tmp_path) == ["tok.json"]
+    again = [Tokenizer.load(tmp_path / "tok.json"), Tokenizer.from_state(tok.state())]
+    for other in [*again, pickle.loads(pickle.dumps(tok)), copy.deepcopy(tok)]:
+        assert other.merges == tok.merges and other.vocab_size == tok.vocab_size
+        assert other.encode(DOCUMENTS[0]) == tok.encode(DOCUMENTS[0])
+
+
+def test_failed_save_leaves_the_old_file(tok, tmp_path, monkeypatch):
+    tok.save(tmp_path / "tok.json")
+    before = (tmp_path / "tok.json").read_bytes()
+
+    def fail(descriptor):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        Tokenizer([]).save(tmp_path / "tok.json")
+    assert os.listdir(tmp_path) == ["tok.json"]
+    assert (tmp_path / "tok.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"merges": 3}']
+    + [b'{"merges": [], "pattern": "x"}', b'{"merges": [[1' + b"0" * 5000 + b", 2]]}"],
+)
+def test_damaged_file_is_one_line_with_a_remedy(tmp_path, content):
+    (tmp_path / "tok.json").write_bytes(content)
+    with pytest.raises(ValueError, match="tok.json.*train it again with: python bpe.py") as caught:
+        Tokenizer.load(tmp_path / "tok.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_one_line_with_a_remedy(tmp_path):
+    with pytest.raises(ValueError, match="No such file.*python bpe.py"):
+        Tokenizer.load(tmp_path / "tok.json")
+
+
+@pytest.mark.parametrize(
+    "merges, cause",
+    [
+        ([(97, 256)], "only ids 0..255 exist"),
+        ([(97, 98), (257, 97)], "only ids 0..256 exist"),
+        ([(-1, 97)], "only ids"),
+        ([(97, 98), (97, 98)], "duplicate of token 256"),
+        ([(97, 98), (98, 99), (256, 99), (97, 257)], "duplicate of token 258"),
+        ([(97, 98, 99)], "not a pair"),
+        ([97], "not a pair"),
+        ([(97.0, 98)], "not a pair"),
+        ([("a", "b")], "not a pair"),
+        ([(97, 97)] + [(i, i) for i in range(256, 320)], "longer than 1024 bytes"),
+    ],
+)
+def test_hostile_merges_are_refused(merges, cause):
+    with pytest.raises(ValueError, match=cause):
+        Tokenizer(merges)
+
+
+def test_what_training_makes_is_never_refused():
+    tok = Tokenizer.train(["a" * 100_000, "=" * 50_000, "ab" * 5_000], 400)
+    assert tok.byte_lengths[:-1].max() <= bpe.MAX_TOKEN_BYTES
+    assert tok.decode(tok.encode("a" * 5000)) == "a" * 5000
+
+
+# ---------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_file_is_split_at_lines_that_are_exactly_the_special_token(tmp_path, end):
+    lines = ["one", f" {SPECIAL}", f"x{SPECIAL}", SPECIAL, "two", SPECIAL, SPECIAL, f"{SPECIAL}!"]
+    (tmp_path / "f").write_bytes("".join(line + end for line in lines).encode())
+    whole = [f"one{end} {SPECIAL}{end}x{SPECIAL}{end}", f"two{end}", "", f"{SPECIAL}!{end}"]
+    assert list(bpe.read_documents(tmp_path / "f")) == whole
+
+
+@pytest.mark.parametrize("unit", ["don't stop  now!\n\n é", "字。\n", "é", "a\r\n", "x y\t\n  "])
+def test_huge_document_is_streamed_without_changing_its_words(tmp_path, unit):
+    text = unit * (2_500_000 // len(unit))
+    (tmp_path / "f").write_bytes(text.encode())
+    pieces = list(bpe.read_documents(tmp_path / "f"))
+    assert "".join(pieces) == text and bpe.count_words(pieces) == Counter(bpe.split_words(text))
+    assert unit == "é" or max(map(len, pieces)) < 1_100_000  # one endless word cannot be cut
+
+
+def run_cli(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bpe.py", *map(str, arguments)])
+    try:
+        bpe.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "content, arguments, message",
+    [
+        (None, [], "No such file or directory; give the path"),
+        (b"", [], "is empty; give"),
+        (f"{SPECIAL}\n".encode(), [], "is empty; give"),
+        ("naïve".encode("latin1"), [], "not UTF-8 at byte 2; convert it"),
+        (b"a\n" * 2_000_000 + b"\xff\n", [], "not UTF-8 at byte 4000000; convert it"),
+        (b"caf\xc3", [], "not UTF-8 at byte 3; convert it"),
+        (b"some text", ["--vocab_size", "256"], "use 257 or more"),
+        (b"some text", ["--vocab_size", "many"], "invalid int value"),
+        (b"some text", ["--vocab", "x", "--what"], "invalid int value"),
+        (b"some text", ["--what"], "unrecognized arguments: --what"),
+        (b"some text", ["--out", "nowhere/tok.json"], "existing folder"),
+        (b"some text", ["--out", "."], "is a folder; give"),
+    ],
+)
+def test_mistake_is_one_line_and_exit_code_2(
+    tmp_path, monkeypatch, capsys, content, arguments, message
+):
+    if content is not None:
+        (tmp_path / "f.txt").write_bytes(content)
+    code, _, err = run_cli(monkeypatch, capsys, tmp_path / "f.txt", *arguments)
+    assert code == 2 and message in err and err.startswith("bpe.py: ")
+    assert err.count("\n") == 1
+
+
+def test_folder_instead_of_file_is_one_line(tmp_path, monkeypatch, capsys):
+    code, _, err = run_cli(monkeypatch, capsys, tmp_path)
+    assert code == 2 and "give the path of a UTF-8 text file" in err and err.count("\n") == 1
+
+
+def test_command_line_trains_shows_and_saves(tmp_path):
+    (tmp_path / "f.txt").write_text("\n".join(DOCUMENTS), encoding="utf-8")
+    command = [sys.executable, bpe.__file__, "f.txt", "--vocab_size", "600", "--out", "tok.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    assert re.search(r"600 ids *\n(.*\|){9,}.*\n\d\.\d\d bytes per token", done.stdout)
+    assert Tokenizer.load(tmp_path / "tok.json").vocab_size == 600

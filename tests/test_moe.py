@@ -1,0 +1,364 @@
+"""Routers choose as their papers say; the dispatch is only a faster way to loop over experts."""
+
+import math
+
+import pytest
+import torch
+from conftest import (
+    ROUTERS,
+    assert_close,
+    explicit_swiglu,
+    loop_over_experts,
+    random_ids,
+    random_model,
+    randomise,
+    seeds,
+    small_config,
+)
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import lamoe
+
+# ---------------------------------------------------------------------------------------------
+# Dispatch
+# ---------------------------------------------------------------------------------------------
+
+
+def choose(N, A, E, how, generator):
+    """(N, A) distinct experts: at random, all tokens alike, or with half of the experts empty."""
+    if how == "alike":
+        return torch.randperm(E, generator=generator)[:A].repeat(N, 1)
+    usable = max(A, E // 2) if how == "empty" else E
+    return torch.stack([torch.randperm(usable, generator=generator)[:A] for _ in range(N)])
+
+
+def dispatch_case(N, A, E, D, hidden, how, seed, dtype=torch.float32):
+    """(experts, their choice, [x, weights, gate_up_proj, down_proj] which all want gradients)."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = randomise(lamoe.Experts(E, D, hidden), seed).to(dtype)
+    x_ND = torch.randn(N, D, generator=generator).to(dtype).requires_grad_()
+    weights_NA = torch.rand(N, A, generator=generator).to(dtype).requires_grad_()
+    inputs = [x_ND, weights_NA, experts.gate_up_proj, experts.down_proj]
+    return experts, choose(N, A, E, how, generator), inputs
+
+
+def assert_dispatch_equals_loop(case, tolerance):
+    experts, experts_NA, inputs = case
+    ours_ND = lamoe.dispatch(experts, inputs[0], experts_NA, inputs[1])
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    loop_ND = loop_over_experts(exact[0], experts_NA, exact[1], *exact[2:])
+    assert ours_ND.dtype == inputs[0].dtype
+    assert_close(ours_ND, loop_ND, tolerance)
+    # a different weight on every output, or mistakes that cancel in a plain sum would pass
+    upstream_ND = torch.randn(ours_ND.shape, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad((ours_ND * upstream_ND).sum(), inputs)
+    loop = torch.autograd.grad((loop_ND * upstream_ND).sum(), exact)
+    for our_grad, loop_grad in zip(ours, loop, strict=True):
+        assert_close(our_grad, loop_grad, tolerance)
+
+
+@st.composite
+def dispatch_shapes(draw):
+    """(N, A, E, D, hidden, how)"""
+    E = draw(st.integers(1, 6))
+    A = draw(st.integers(1, E))
+    how = draw(st.sampled_from(["random", "alike", "empty"]))
+    sizes = [draw(st.integers(1, 9)) for _ in range(2)]
+    return draw(st.integers(1, 17)), A, E, *sizes, how
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+@given(shape=dispatch_shapes(), seed=seeds)
+@example(shape=(12, 1, 4, 6, 5, "alike"), seed=0)  # one expert takes all
+@example(shape=(12, 2, 6, 6, 5, "empty"), seed=0)  # some experts get nothing
+@example(shape=(12, 4, 4, 6, 5, "random"), seed=0)  # every expert gets everything
+@example(shape=(1, 2, 4, 6, 5, "random"), seed=0)  # a step of generation takes a path of its own
+def test_sorted_dispatch_equals_loop(dtype, tolerance, shape, seed):
+    """Values, and gradients of x, of the routing weights and of both expert parameters."""
+    assert_dispatch_equals_loop(dispatch_case(*shape, seed, dtype), tolerance)
+
+
+def permutation_case(N=5, A=2, E=3):
+    """token_S and slot_NA as dispatch makes them, for a random choice."""
+    experts_NA = choose(N, A, E, "random", torch.Generator().manual_seed(3))
+    order_S = experts_NA.flatten().argsort(stable=True)
+    return order_S // A, order_S.argsort().view(N, A)
+
+
+def test_expand_and_combine_gradients_check():
+    """Each one's backward is written by hand: it must be the other's forward."""
+    token_S, slot_NA = permutation_case()
+    x_ND = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    y_SD = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: lamoe.Expand.apply(x, token_S, slot_NA), x_ND)
+    assert torch.autograd.gradcheck(lambda y: lamoe.Combine.apply(y, token_S, slot_NA), y_SD)
+
+
+def test_dispatch_gradients_check():
+    experts, experts_NA, inputs = dispatch_case(4, 2, 3, 3, 2, "random", 0, torch.float64)
+
+    def run(x_ND, weights_NA, gate_up_proj, down_proj):
+        now = torch.nn.Module()
+        now.gate_up_proj, now.down_proj = gate_up_proj, down_proj
+        now.forward = lambda *rows: lamoe.Experts.forward(now, *rows)
+        return lamoe.dispatch(now, x_ND, experts_NA, weights_NA)
+
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_dispatch_repeats_to_the_last_bit():
+    """A scatter-add in the backward would add in an order that changes from run to run."""
+    experts, experts_NA, inputs = dispatch_case(64, 2, 8, 16, 12, "random", 0)
+
+    def gradients():
+        y_ND = lamoe.dispatch(experts, inputs[0], experts_NA, inputs[1])
+        return torch.autograd.grad(y_ND.square().sum(), inputs)
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
+
+
+def test_one_expert_equals_dense_swiglu():
+    """The baseline and the mixture are the same function when there is nothing to choose."""
+    experts = randomise(lamoe.Experts(1, 8, 6))
+    dense = lamoe.SwiGLU(8, 6)
+    dense.gate_up_proj.weight.data = experts.gate_up_proj[0].data
+    dense.down_proj.weight.data = experts.down_proj[0].data
+    x_ND = torch.randn(7, 8, generator=torch.Generator().manual_seed(0))
+    all_to_0_N1 = torch.zeros(7, 1, dtype=torch.long)
+    assert_close(lamoe.dispatch(experts, x_ND, all_to_0_N1, torch.ones(7, 1)), dense(x_ND), 1e-6)
+    expected = explicit_swiglu(x_ND, dense.gate_up_proj.weight, dense.down_proj.weight)
+    assert_close(dense(x_ND), expected, 1e-6)
+
+
+def test_one_expert_builds_a_dense_model_without_router():
+    model = lamoe.LaMoE(small_config(n_experts=1))
+    assert all(isinstance(block.ffn, lamoe.SwiGLU) for block in model.blocks)
+    out = model(random_ids(model.config, 2, 5), return_experts=True)
+    assert out.aux.item() == 0 and out.load.shape == (0, 1) and out.experts is None
+
+
+# ---------------------------------------------------------------------------------------------
+# What every router promises
+# ---------------------------------------------------------------------------------------------
+
+
+def random_x(c, B=3, T=7, seed=0):
+    return torch.randn(B, T, c.dim, generator=torch.Generator().manual_seed(seed))
+
+
+def random_moe(seed=0, **changes):
+    return randomise(lamoe.MoE(small_config(**changes)), seed).eval()
+
+
+expert_counts = st.integers(2, 9).flatmap(lambda E: st.tuples(st.just(E), st.integers(1, E)))
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@given(counts=expert_counts, seed=seeds)
+def test_each_token_gets_k_distinct_experts_and_weights_of_at_least_0(router, counts, seed):
+    E, A = counts
+    moe = random_moe(seed, router=router, n_experts=E, top_k=A)
+    routing = moe.router(random_x(moe.router.config, seed=seed))
+    assert routing.experts_NA.shape == routing.weights_NA.shape == (21, A)
+    assert all(len(set(row)) == A for row in routing.experts_NA.tolist())
+    assert 0 <= routing.experts_NA.min() and routing.experts_NA.max() < E
+    assert (routing.weights_NA >= 0).all() and routing.weights_NA.dtype == torch.float32
+    load_E = lamoe.load_share(routing.experts_NA, E)
+    counted_E = torch.bincount(routing.experts_NA.flatten(), minlength=E) / (21 * A)
+    assert torch.allclose(load_E, counted_E) and math.isclose(load_E.sum(), 1, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_layer_equals_its_own_routing_in_a_loop(router):
+    """Weights or experts mixed up between router and dispatch would show here."""
+    moe = random_moe(router=router, n_experts=5)
+    x_BTD = random_x(moe.router.config)
+    y_BTD, routing = moe(x_BTD)
+    loop_ND = loop_over_experts(x_BTD.flatten(0, 1), *routing[:2], *moe.experts.parameters())
+    assert_close(y_BTD, loop_ND.view_as(x_BTD), 1e-5)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_evaluation_has_no_router_loss_and_no_randomness(router):
+    moe = random_moe(router=router)
+    x_BTD = random_x(moe.router.config)
+    first, again = moe(x_BTD), moe(x_BTD)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1].experts_NA, again[1].experts_NA)
+    assert first[1].loss == 0
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_permuting_experts_with_their_router_rows_changes_nothing(router):
+    moe, shuffled = (random_moe(router=router, n_experts=6) for _ in range(2))
+    order = [3, 0, 5, 1, 4, 2]
+    for weight in shuffled.parameters():
+        assert len(weight) == 6
+        weight.data = weight.data[order]
+    x_BTD = random_x(moe.router.config)
+    assert_close(shuffled(x_BTD)[0], moe(x_BTD)[0], 1e-6)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_token_is_routed_the_same_alone_and_in_a_batch(router):
+    moe = random_moe(router=router, n_experts=6)
+    x_BTD = random_x(moe.router.config)
+    whole = moe.router(x_BTD).experts_NA.view(3, 7, -1)
+    assert torch.equal(moe.router(x_BTD[1:2, 2:3]).experts_NA[0], whole[1, 2])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("n_experts", [2, 8, 40])
+def test_ties_are_broken_the_same_way_on_every_run(router, n_experts):
+    """Equal scores for all experts: the same choice in every row, call and batch size."""
+    moe = random_moe(router=router, n_experts=n_experts)
+    moe.router.weight.data.zero_()
+    choices = [moe.router(random_x(moe.router.config, T=T)).experts_NA for T in (1, 7, 7, 64)]
+    first = choices[0][0]
+    assert len(set(first.tolist())) == moe.router.config.top_k
+    assert all((choice == first).all() for choice in choices)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("training", [True, False])
+def test_non_finite_input_ends_in_nan_never_in_an_index_error(router, bad, training):
+    """One bad weight makes every score NaN; topk then must still return experts that exist."""
+    model = random_model(small_config(router=router)).train(training)
+    ids_BT = random_ids(model.config, 2, 6)
+    model.embed.weight.data[ids_BT[0, 0]] = bad
+    assert model(ids_BT, targets_BT=ids_BT).loss.isnan()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_routing_is_fp32_under_autocast(router):
+    """Rounded to bf16, near-ties between experts would flip."""
+    moe = random_moe(router=router, n_experts=8)
+    x_BTD = random_x(moe.router.config, T=64)
+    exact = moe.router(x_BTD)
+    with torch.autocast("cpu", torch.bfloat16):
+        y_BTD, routing = moe(x_BTD)
+    assert torch.equal(routing.experts_NA, exact.experts_NA)
+    assert torch.equal(routing.weights_NA, exact.weights_NA)
+    assert y_BTD.dtype == torch.bfloat16  # ... but the experts' products are not fp32
+    assert_close(y_BTD, moe(x_BTD)[0], 3e-2)
+
+
+# ---------------------------------------------------------------------------------------------
+# The topk router
+# ---------------------------------------------------------------------------------------------
+
+
+@given(counts=expert_counts, seed=seeds)
+def test_topk_weights_are_the_full_softmax_renormalised(counts, seed):
+    """Mixtral's softmax over the chosen logits, computed the other way round."""
+    E, A = counts
+    moe = random_moe(seed, n_experts=E, top_k=A)
+    x_BTD = random_x(moe.router.config, seed=seed)
+    routing = moe.router(x_BTD)
+    probs_NE = (x_BTD.flatten(0, 1) @ moe.router.weight.T).softmax(-1)
+    for probs, chosen, weights in zip(
+        probs_NE, routing.experts_NA, routing.weights_NA, strict=True
+    ):
+        best = sorted(range(E), key=lambda e: -probs[e].item())[:A]
+        assert chosen.tolist() == best
+        assert_close(weights, probs[best] / probs[best].sum(), 1e-6)
+
+
+@pytest.mark.parametrize("top_k, reaches", [(1, False), (2, True)])
+def test_topk_task_gradient_reaches_the_router_only_above_k_1(top_k, reaches):
+    moe = random_moe(top_k=top_k)
+    moe(random_x(moe.router.config))[0].square().sum().backward()
+    assert bool(moe.router.weight.grad.abs().max() > 0) == reaches
+
+
+# ---------------------------------------------------------------------------------------------
+# Balance loss and z-loss
+# ---------------------------------------------------------------------------------------------
+
+
+def balance_by_hand(probs_NE, experts_NA):
+    """E * sum_e f_e P_e, counted one choice at a time."""
+    N, E = probs_NE.shape
+    choices = [e for row in experts_NA.tolist() for e in row]
+    f = [choices.count(e) / len(choices) for e in range(E)]
+    P = [sum(probs_NE[n, e].item() for n in range(N)) / N for e in range(E)]
+    return E * sum(a * b for a, b in zip(f, P, strict=True))
+
+
+def z_by_hand(logits_NE):
+    return sum(math.log(sum(map(math.exp, row))) ** 2 for row in logits_NE.tolist()) / len(
+        logits_NE
+    )
+
+
+@pytest.mark.parametrize("E, A", [(2, 1), (4, 2), (8, 2), (6, 3)])
+def test_balanced_routing_gives_balance_loss_1(E, A):
+    """Whatever the number of experts and of choices: so the logged figure can be read as it is."""
+    experts_NA = torch.arange(E * A).view(-1, A) % E
+    assert math.isclose(lamoe.balance_loss(torch.full((E, E), 1 / E), experts_NA), 1, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("E, A", [(2, 1), (4, 2), (8, 2), (6, 3)])
+def test_a_few_experts_sharing_everything_give_balance_loss_E_over_A(E, A):
+    probs_NE = torch.zeros(5, E).index_fill(1, torch.arange(A), 1 / A)
+    loss = lamoe.balance_loss(probs_NE, torch.arange(A).repeat(5, 1))
+    assert math.isclose(loss, E / A, rel_tol=1e-6)
+
+
+@given(counts=expert_counts, seed=seeds)
+def test_balance_and_z_loss_equal_their_formulas(counts, seed):
+    E, A = counts
+    logits_NE = torch.randn(11, E, generator=torch.Generator().manual_seed(seed))
+    probs_NE, experts_NA = logits_NE.softmax(-1), logits_NE.topk(A).indices
+    expected = balance_by_hand(probs_NE, experts_NA)
+    assert math.isclose(lamoe.balance_loss(probs_NE, experts_NA), expected, rel_tol=1e-5)
+    assert math.isclose(lamoe.z_loss(logits_NE), z_by_hand(logits_NE), rel_tol=1e-5)
+
+
+def test_balance_loss_gradient_is_the_load():
+    """f counts and has no gradient; through P each expert is pushed down by its share."""
+    probs_NE = torch.full((4, 2), 0.5, requires_grad=True)
+    lamoe.balance_loss(probs_NE, torch.tensor([[0], [0], [0], [1]])).backward()
+    assert torch.allclose(probs_NE.grad, torch.tensor([[2 * 0.75 / 4, 2 * 0.25 / 4]] * 4))
+
+
+def test_descending_the_balance_loss_balances_the_load():
+    moe = random_moe(n_experts=4, balance_weight=1.0, z_weight=1e-30).train()
+    x_BTD = random_x(moe.router.config, B=8, T=32) + 1.0  # a common direction: routing collapses
+    moe.router.weight.data[0] += 0.5
+    before = lamoe.load_share(moe.router(x_BTD).experts_NA, 4).max()
+    for _ in range(60):
+        loss = moe.router(x_BTD).loss
+        (gradient,) = torch.autograd.grad(loss, moe.router.weight)
+        moe.router.weight.data -= 0.3 * gradient
+    after = lamoe.load_share(moe.router(x_BTD).experts_NA, 4).max()
+    assert before > 0.4 and after < 0.3
+
+
+@given(E=st.integers(2, 9), shift=st.floats(-3, 3))
+def test_z_loss_of_equal_logits_is_the_log_of_their_sum_squared(E, shift):
+    expected = (shift + math.log(E)) ** 2
+    assert math.isclose(lamoe.z_loss(torch.full((5, E), shift)), expected, abs_tol=1e-4)
+
+
+@pytest.mark.parametrize("balance_weight, z_weight", [(0.01, 0.001), (0.5, 0.0), (0.0, 2.0)])
+def test_aux_is_the_weighted_sum_over_layers(balance_weight, z_weight):
+    """Pooling the layers would let one layer's imbalance hide another's."""
+    c = small_config(n_layers=3, balance_weight=balance_weight, z_weight=z_weight)
+    model = random_model(c).train()
+    inputs = []
+    for block in model.blocks:
+        block.ffn.router.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    out = model(random_ids(c, 2, 9), return_experts=True)
+    expected = 0.0
+    for x_BTD, block, experts_BTA in zip(inputs, model.blocks, out.experts, strict=True):
+        logits_NE = x_BTD.flatten(0, 1) @ block.ffn.router.weight.T
+        balance = balance_by_hand(logits_NE.softmax(-1), experts_BTA.flatten(0, 1))
+        expected += balance_weight * balance + z_weight * z_by_hand(logits_NE)
+    assert math.isclose(out.aux.item(), expected, rel_tol=1e-4)
+    for load_E, experts_BTA in zip(out.load, out.experts, strict=True):
+        counts = torch.bincount(experts_BTA.flatten(), minlength=c.n_experts)
+        assert torch.allclose(load_E, counts / counts.sum())
+    assert model.eval()(random_ids(c, 2, 9)).aux == 0

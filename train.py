@@ -1,0 +1,728 @@
+"""Train LaMoE: text -> tokens -> windows -> a plain loop -> log.csv, last.pt, best.pt, loss.png.
+
+    python train.py                              the embedded corpus, minutes on a laptop
+    python train.py --data book.txt              your own text: a file, or a folder of .txt
+    python train.py --resume                     go on where the newest run stopped
+    python train.py --device cuda
+
+Notable features
+- every field of TrainConfig and of lamoe.Config is a flag; nothing is named twice
+- Muon on the attention matrices, AdamW on the rest; warm-up, then linear to zero
+- batches without replacement from a seeded permutation, so a run resumes bit for bit (on a CPU)
+- validation in bits per byte, over every byte: comparable across tokenizers
+
+References
+ [1] AdamW                      Loshchilov & Hutter 2017   arXiv:1711.05101
+ [2] Muon                       Jordan et al. 2024         kellerjordan.github.io/posts/muon
+ [3] Linear decay to zero       Bergsma et al. 2025        arXiv:2502.15938
+"""
+
+import argparse
+import csv
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+# Before torch: its large buffers in pages of 2 MB. A training step takes and returns them all the
+# time, and on a CPU a third of the step is otherwise spent on 4 KB page faults (Linux).
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+import numpy as np
+import torch
+
+import lamoe
+from bpe import Tokenizer
+from data import datasets
+
+# ---------------------------------------------------------------------------------------------
+# 1. What can be chosen: fields are flags
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainConfig:
+    """How to train; lamoe.Config says what."""
+
+    data: str = "stories"  # the embedded corpus, a text file, or a folder of .txt
+    out: str = ""  # the run's folder; empty: runs/ and the data's name
+    device: str = "auto"  # auto, cpu, cuda or mps
+    preset: str = ""  # laptop or gpu; empty: by device
+    tokenizer: str = "bpe"  # bpe (trained on the data) or bytes
+    dtype: str = "auto"  # of matrix products: bf16 or fp32; auto: bf16 where it is faster
+    seed: int = 0  # of weights and of the order of batches
+    steps: int = 0  # optimizer steps; 0: by preset
+    batch_size: int = 16  # windows a micro-step
+    grad_accum: int = 1  # micro-steps an optimizer step
+    lr: float = 4e-3  # of AdamW, at its highest
+    muon_lr: float = 0.02  # of Muon, at its highest [2]
+    weight_decay: float = 0.1  # of matrices, times the learning rate
+    warmup: float = 0.05  # share of the steps in which the rate rises
+    clip: float = 1.0  # largest norm of the gradient
+    eval_every: int = 0  # steps; 0: ten times a run
+    save_every: int = 0  # steps; 0: with each evaluation
+    log_every: int = 10  # steps
+
+
+LAPTOP = {"qk_norm": True, "steps": 600}
+GPU = {**LAPTOP, "steps": 1200, "batch_size": 64}
+PRESETS = {"laptop": LAPTOP, "gpu": GPU}
+CLASSES = (TrainConfig, lamoe.Config)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags given; one not given is absent, so that a preset can fill it in."""
+
+    class OneLine(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"error: {message}; see python train.py --help\n")
+
+    parser = OneLine("train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    for cls in CLASSES:
+        group = parser.add_argument_group(cls.__name__)
+        for field in dataclasses.fields(cls):
+            default = "by the text" if field.default is dataclasses.MISSING else field.default
+            options = {"default": argparse.SUPPRESS, "help": f"default: {default}"}
+            if field.type is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                options["type"] = int if field.type == int | None else field.type
+            group.add_argument(f"--{field.name}", **options)
+    return parser.parse_args(arguments)
+
+
+def fill(cls, *layers: dict):
+    """An instance of a dataclass; the first layer that names a field wins."""
+    merged = {name: value for layer in reversed(layers) for name, value in layer.items()}
+    return cls(**{f.name: merged[f.name] for f in dataclasses.fields(cls) if f.name in merged})
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Data: one flat array of ids -> windows -> batches
+# ---------------------------------------------------------------------------------------------
+
+
+def windows(tokens: np.ndarray, eot: int, length: int) -> np.ndarray:
+    """(start, next start) of windows of `length` positions that begin at a document where they can.
+
+    The next window begins at the last document that starts inside this one, else where it ends. A
+    start in mid-story would ask the model for names it was never told. Between a window's start and
+    the next one's, each token is met exactly once: the span that evaluation scores.
+    """
+    documents = np.flatnonzero(tokens[:-1] == eot)  # ids[documents[i]] is the token before text i
+    spans, start = [], 0
+    while start < len(tokens) - 1:
+        last = documents[np.searchsorted(documents, start + length, side="right") - 1]
+        end = min(last if last > start else start + length, len(tokens) - 1)
+        spans.append((start, end))
+        start = end
+    return np.array(spans)
+
+
+class Batches:
+    """Windows in a seeded order without replacement; batch i is a function of i alone."""
+
+    def __init__(self, tokens: np.ndarray, eot: int, length: int, size: int, seed: int):
+        self.tokens, self.length, self.size, self.seed = tokens, length, size, seed
+        last = len(tokens) - 1 - length  # the text's last window moves back to be full
+        self.starts = np.unique(np.minimum(windows(tokens, eot, length)[:, 0], last))
+        self.epoch, self.order = -1, None
+
+    def __call__(self, i: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of batch i, (B, T) each."""
+        rows = [self.start(i * self.size + row) for row in range(self.size)]
+        ids = self.tokens[np.array(rows)[:, None] + np.arange(self.length + 1)]
+        ids = torch.from_numpy(ids.astype(np.int64)).to(device)
+        return ids[:, :-1], ids[:, 1:]
+
+    def start(self, n: int) -> int:
+        epoch, position = divmod(n, len(self.starts))
+        if epoch != self.epoch:
+            generator = np.random.default_rng((self.seed, epoch))
+            self.epoch, self.order = epoch, generator.permutation(self.starts)
+        return self.order[position]
+
+
+def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
+    """One flat array of ids: <|endoftext|> first, and after each document."""
+    ids = tokenizer.encode_array(documents)
+    return np.concatenate([np.array([tokenizer.eot], ids.dtype), ids])
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Evaluation: bits per byte, and where they go
+# ---------------------------------------------------------------------------------------------
+
+
+class Score(typing.NamedTuple):
+    loss: float  # nats a token
+    bits_per_byte: float
+    bits_of_kind: np.ndarray | None  # total bits by datasets.KINDS, on the embedded corpus
+
+
+@torch.inference_mode()
+def evaluate(model, ids, spans, tokenizer, settings: TrainConfig, kinds=None) -> Score:
+    """Scores every token of ids but the first, each once, in the window whose span it is in."""
+    was_training = model.training
+    model.eval()
+    device = model.embed.weight.device
+    length, nats = model.config.seq_len, np.zeros(len(ids) - 1)
+    for block in np.array_split(spans, math.ceil(len(spans) / 32)):
+        at = block[:, :1] + np.arange(length)
+        counted = at < block[:, 1:]
+        at = np.where(counted, at, block[:, :1])
+        inputs, targets = (
+            torch.from_numpy(ids[at + offset].astype(np.int64)).to(device) for offset in (0, 1)
+        )
+        with autocast(settings):
+            logits = model(inputs).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="none"
+        )
+        nats[at[counted]] = losses.view(targets.shape).cpu().numpy()[counted]
+    model.train(was_training)
+    sizes = tokenizer.byte_lengths[ids[1:]]
+    bits = nats / math.log(2)
+    by_kind = None
+    if kinds is not None:  # a token is of the kind of its last byte
+        kind = kinds[np.cumsum(sizes) - 1]
+        by_kind = np.bincount(kind, weights=bits, minlength=len(datasets.KINDS))
+    return Score(float(nats.mean()), float(bits.sum() / sizes.sum()), by_kind)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Optimizers and schedule
+# ---------------------------------------------------------------------------------------------
+
+
+def make_optimizers(model: lamoe.LaMoE, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon [2] on the attention matrices, AdamW [1] on the rest; norms are not decayed.
+
+    Muon turns a matrix's momentum into the nearest orthogonal one, so that no direction is learned
+    slowly. It pays on square matrices; on experts it costs more time than it gains at this size.
+    """
+    attention, matrices, vectors = [], [], []
+    for name, weight in model.named_parameters():
+        group = vectors if weight.dim() < 2 else attention if ".attn." in name else matrices
+        group.append(weight)
+    decay = config.weight_decay
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    muon = torch.optim.Muon(attention, lr=config.muon_lr, weight_decay=decay)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    for group in (*muon.param_groups, *adamw.param_groups):
+        group["highest_lr"] = group["lr"]
+    return [muon, adamw]
+
+
+def schedule(step: int, config: TrainConfig) -> float:
+    """The share of the highest rate at a step: a linear rise, then linear to zero [3]."""
+    rise = max(1, round(config.warmup * config.steps))
+    return min((step + 1) / rise, (config.steps - step) / max(1, config.steps - rise))
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. The log, the picture, the lock
+# ---------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    "step tokens train_loss val_loss val_bits_per_byte lr grad_norm aux load_max_over_mean "
+    "dead_experts dropped tokens_per_s seconds"
+).split()
+
+
+class Log:
+    """log.csv: one row a log step, flushed as it is written; rows after `step` are cut on resume."""
+
+    def __init__(self, path: Path, step: int):
+        rows = []
+        if step and path.exists():
+            with open(path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"] or step + 1) <= step]
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, path)
+        self.file = open(path, "a", newline="")  # noqa: SIM115 - open as long as the run
+        self.writer = csv.DictWriter(self.file, COLUMNS)
+
+    def write(self, row: dict) -> None:
+        self.writer.writerow({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
+        self.file.flush()
+
+
+def draw(folder: Path, floor: float | None) -> str:
+    """loss.png from log.csv; returns its path, or how to get it."""
+    try:
+        import matplotlib
+    except ImportError:
+        return 'none: install matplotlib for it: pip install -e ".[plot]"'
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with open(folder / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    scored = [row for row in rows if row["val_loss"]]
+    per_nat = float(scored[-1]["val_bits_per_byte"]) / float(scored[-1]["val_loss"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    steps = [int(row["step"]) for row in rows]
+    train = [float(row["train_loss"]) * per_nat for row in rows]
+    left.plot(steps, train, color="0.6", linewidth=1, label="training")
+    val = [float(row["val_bits_per_byte"]) for row in scored]
+    left.plot([int(row["step"]) for row in scored], val, "o-", color="C0", label="validation")
+    top = 3 * min(val)
+    if floor is not None:
+        left.axhline(floor, color="C3", linestyle="--", label=f"floor {floor:.3f}")
+        left.annotate(f"{val[-1]:.3f}", (steps[-1], val[-1]), (0, 8), textcoords="offset points")
+    left.set(xlabel="step", ylabel="bits per byte", ylim=(0, top), title="Loss")
+    left.legend()
+    right.plot(steps, [float(row["load_max_over_mean"] or 1) for row in rows], color="C0")
+    right.axhline(1, color="C3", linestyle="--", label="perfect balance")
+    right.set(xlabel="step", ylim=(0, None), title="Load of the busiest expert over the mean")
+    right.legend()
+    figure.savefig(folder / "loss.png", dpi=120)
+    pyplot.close(figure)
+    return str(folder / "loss.png")
+
+
+def lock(folder: Path):
+    """An open file that holds the folder for this process; the lock dies with the process."""
+    file = open(folder / "lock", "w")  # noqa: SIM115 - held as long as the run
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError:
+        raise ValueError(
+            f"{folder} is in use by another training run; wait for it, or choose another --out"
+        ) from None
+    return file
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Setting up: device, dtype, sizes, data
+# ---------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> str:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = [device for device, is_there in there.items() if is_there] + ["cpu"]
+    if name != "auto" and name not in available:
+        raise ValueError(f"device {name!r} is not available here; try --device {available[0]}")
+    return available[0] if name == "auto" else name
+
+
+def pick_dtype(name: str, device: str) -> str:
+    """bf16 where it pays: on a GPU, and on a CPU that wins a short race with it."""
+    if name != "auto" or device != "cpu":
+        return {"cuda": "bf16", "mps": "fp32"}[device] if name == "auto" else name
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, race = torch.randn(512, 512).to(dtype), []
+        for _ in range(7):
+            start = time.perf_counter()
+            x @ x
+            race.append(time.perf_counter() - start)
+        seconds[dtype] = min(race)
+    return "bf16" if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else "fp32"
+
+
+def pick_sizes(n_bytes: int) -> dict:
+    """Vocabulary and context by the size of the text.
+
+    A token must be met often to be learned, so a small text gets few; and a short context makes
+    many windows of it.
+    """
+    vocab_size, seq_len = (
+        (512, 64) if n_bytes < 4e6 else (2048, 256) if n_bytes < 1e8 else (8192, 512)
+    )
+    return {"vocab_size": vocab_size, "seq_len": seq_len}
+
+
+class Data(typing.NamedTuple):
+    tokenizer: Tokenizer
+    batches: Batches
+    corpus: datasets.Corpus
+    val_ids: np.ndarray
+    spans: np.ndarray  # windows of val_ids that begin at documents
+    floor: float | None  # bits per byte that no model can beat, where the source is known
+
+
+def load_data(settings: TrainConfig, known: dict, saved: dict | None) -> Data:
+    """Text -> tokenizer (the checkpoint's, if there is one) -> ids -> windows."""
+    corpus = datasets.read(settings.data)
+    n_bytes = sum(len(document.encode()) for document in corpus.train)
+    say(f"data       {settings.data}: {corpus.how}; {n_bytes / 1e6:.1f} MB to train on")
+    sizes = {**pick_sizes(n_bytes), **known}
+    if saved:
+        tokenizer = Tokenizer.from_state(saved["tokenizer"])
+    elif settings.tokenizer == "bytes":
+        tokenizer = Tokenizer([])
+    else:
+        tokenizer = Tokenizer.train(corpus.train, sizes["vocab_size"], say_in_place)
+    train_ids, val_ids = encode(tokenizer, corpus.train), encode(tokenizer, corpus.val)
+    length = sizes["seq_len"]
+    if min(len(train_ids), len(val_ids)) < length + 2:
+        raise ValueError(
+            f"{settings.data} is too short: {len(train_ids)} tokens to train on and {len(val_ids)} "
+            f"to validate do not fill a context of {length}; give more text, or a --seq_len of "
+            f"{max(1, min(len(train_ids), len(val_ids)) - 2)} or less"
+        )
+    batches = Batches(train_ids, tokenizer.eot, length, settings.batch_size, settings.seed)
+    say(
+        f"tokens     {len(train_ids):,} of a vocabulary of {tokenizer.vocab_size:,} "
+        f"({n_bytes / len(train_ids):.2f} bytes each), in {len(batches.starts):,} windows of {length}"
+    )
+    floor = None
+    if corpus.floor_bits is not None:
+        floor = corpus.floor_bits.sum() / len(corpus.kind_of_byte)
+    spans = windows(val_ids, tokenizer.eot, length)
+    return Data(tokenizer, batches, corpus, val_ids, spans, floor)
+
+
+def settle(given: dict, saved: dict | None) -> tuple[TrainConfig, dict]:
+    """Settings, and the fields of lamoe.Config that are already known."""
+    if saved:
+        settings = TrainConfig(**saved["train_config"])
+        for name, value in given.items():
+            kept = {**saved["config"], **saved["train_config"]}[name]
+            if name not in ("out", "device") and value != kept:
+                raise ValueError(
+                    f"--{name} {value} differs from the run's {kept}; leave it out to resume, "
+                    f"or start a new run with another --out"
+                )
+        settings.device = pick_device(given.get("device", settings.device))
+        return settings, saved["config"]
+    device = pick_device(given.get("device", "auto"))
+    preset = given.get("preset") or ("gpu" if device == "cuda" else "laptop")
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is unknown; try one of {sorted(PRESETS)}")
+    settings = fill(TrainConfig, {**given, "device": device, "preset": preset}, PRESETS[preset])
+    settings.dtype = pick_dtype(settings.dtype, device)
+    settings.eval_every = settings.eval_every or max(1, settings.steps // 10)
+    settings.save_every = settings.save_every or settings.eval_every
+    fields = {f.name for f in dataclasses.fields(lamoe.Config)}
+    known = {**PRESETS[preset], **given}
+    return settings, {name: value for name, value in known.items() if name in fields}
+
+
+def open_run(given: dict, resume: bool) -> tuple[Path, dict | None]:
+    """The run's folder, and the checkpoint to go on from. A new run never gets a used folder."""
+    if not resume:
+        name = Path(given.get("data", "stories")).resolve().stem
+        free = (
+            Path("runs") / f"{name}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 10**6)))
+        )
+        folder = Path(given["out"]) if given.get("out") else next(f for f in free if not f.exists())
+        if (folder / "log.csv").exists():
+            raise ValueError(
+                f"{folder} already holds a run; go on with it: python train.py --resume --out "
+                f"{folder}; or choose another --out"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder, None
+    folder = Path(given["out"]) if given.get("out") else newest_run()
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder}: no such run to resume; start one: python train.py --out {folder}"
+        )
+    try:
+        return folder, lamoe.read(folder / "last.pt")
+    except ValueError as error:
+        say(f"{error}")
+        say(f"resume     no usable checkpoint in {folder}: starting over")
+        for name in ("last.pt", "best.pt", "log.csv"):  # never overwrite what may still be wanted
+            if (folder / name).exists():
+                os.replace(folder / name, folder / f"{name}.old")
+        return folder, None
+
+
+def newest_run() -> Path:
+    runs = sorted(Path("runs").glob("*/log.csv"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise ValueError("no run in runs/ to resume; start one: python train.py")
+    return runs[-1].parent
+
+
+def say(text: str) -> None:
+    print(f"{text:79}", flush=True)
+
+
+def say_in_place(text: str) -> None:
+    if sys.stdout.isatty():
+        print(f"{text[:79]:79}", end="\r", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. The loop
+# ---------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Sums since the last row of the log, kept on the device: reading them waits for a GPU."""
+
+    def __init__(self, model: lamoe.LaMoE):
+        c, device = model.config, model.embed.weight.device
+        layers = sum(isinstance(block.ffn, lamoe.MoE) for block in model.blocks)
+        self.scalars = torch.zeros(
+            5, device=device
+        )  # micro-steps, loss, aux, dropped, gradient norm
+        self.load = torch.zeros(layers, c.n_experts, device=device)
+
+    @torch.no_grad()
+    def add(self, out: lamoe.Output) -> None:
+        one = torch.ones_like(out.loss)
+        self.scalars[:4] += torch.stack([one, out.loss, out.aux, out.dropped])
+        self.load += out.load
+
+    def row(self) -> dict:
+        """Columns of the log; a dense model has no load."""
+        n, loss, aux, dropped, grad_norm = self.scalars.tolist()
+        row = {"train_loss": loss / n, "aux": aux / n, "dropped": dropped / n}
+        row["grad_norm"] = grad_norm
+        if self.load.numel():
+            share = self.load / n * self.load.shape[1]  # 1 is an equal share
+            row["load_max_over_mean"] = share.max().item()
+            row["dead_experts"] = int((share < 0.01).sum())
+        return row
+
+    def reset(self) -> None:
+        self.scalars.zero_()
+        self.load.zero_()
+
+
+def autocast(settings: TrainConfig):
+    on = settings.dtype == "bf16"
+    return torch.autocast(settings.device, torch.bfloat16, enabled=on)
+
+
+def update(model, optimizers, batches: Batches, meter: Meter, settings: TrainConfig, step: int):
+    """One optimizer step: rates, micro-steps, clip, step."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, settings) * group["highest_lr"]
+    for micro in range(settings.grad_accum):
+        inputs, targets = batches(step * settings.grad_accum + micro, settings.device)
+        with autocast(settings):
+            out = model(inputs, targets)
+        ((out.loss + out.aux) / settings.grad_accum).backward()
+        meter.add(out)
+    meter.scalars[4] = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def train(given: dict, resume: bool) -> None:
+    """The whole run: set up, go on from a checkpoint if there is one, loop, close."""
+    folder, saved = open_run(given, resume)
+    held = lock(folder)  # noqa: F841 - until the process ends
+    settings, known = settle(given, saved)
+    data = load_data(settings, known, saved)
+    known |= {"vocab_size": data.tokenizer.vocab_size, "seq_len": data.batches.length}
+    torch.manual_seed(settings.seed)
+    model = lamoe.LaMoE(lamoe.Config(**known)).to(settings.device)
+    optimizers, meter = make_optimizers(model, settings), Meter(model)
+    done = {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
+    if saved:
+        done = restore(saved, model, optimizers, meter)
+        say(f"resume     {folder} at step {done['step']} of {settings.steps}")
+        if done["step"] >= settings.steps:
+            return say(f"           it is finished; try: python sample.py --model {folder}/best.pt")
+    introduce(model, settings, data, folder)
+    log, stop = Log(folder / "log.csv", done["step"]), stop_on_ctrl_c()
+    row_step, row_seconds = done["step"], done["seconds"]
+
+    while done["step"] < settings.steps and not stop:
+        started = time.perf_counter()
+        update(model, optimizers, data.batches, meter, settings, done["step"])
+        done["step"] = step = done["step"] + 1
+        evaluating, saving, logging = (
+            step % every == 0 or step == settings.steps
+            for every in (settings.eval_every, settings.save_every, settings.log_every)
+        )
+        if not (evaluating or saving or logging or stop):
+            done["seconds"] += time.perf_counter() - started
+            continue
+        row = {"step": step, **meter.row()}  # reading the meter waits for the device
+        done["seconds"] += time.perf_counter() - started
+        if not math.isfinite(row["train_loss"] + row["grad_norm"]):
+            raise ValueError(
+                f"the loss is not finite at step {step}; {folder}/last.pt holds the last good state; "
+                f"start anew with a lower rate: --lr {settings.lr / 3:.1g} --muon_lr "
+                f"{settings.muon_lr / 3:.1g}"
+            )
+        if evaluating:
+            score = evaluate(model, data.val_ids, data.spans, data.tokenizer, settings)
+            row |= {"val_loss": score.loss, "val_bits_per_byte": score.bits_per_byte}
+            if score.bits_per_byte < done["best"]:
+                done |= {"best": score.bits_per_byte, "best_step": step}
+                save(folder / "best.pt", model, data, settings, done)
+        if evaluating or logging:
+            tokens = settings.batch_size * settings.grad_accum * data.batches.length
+            seconds, row_seconds = done["seconds"] - row_seconds, done["seconds"]
+            row |= {"tokens": step * tokens, "lr": schedule(step - 1, settings) * settings.lr}
+            row |= {"tokens_per_s": (step - row_step) * tokens / seconds, "seconds": row_seconds}
+            row_step = step
+            log.write(row)
+            show(row, settings, data.floor)
+            meter.reset()
+        if saving:
+            save(folder / "last.pt", model, data, settings, done, optimizers, meter)
+
+    if done["step"] < settings.steps:
+        save(folder / "last.pt", model, data, settings, done, optimizers, meter)
+        say(
+            f"\nstopped and saved at step {done['step']}; go on: python train.py --resume --out {folder}"
+        )
+        sys.exit(130)
+    close(folder, settings, data, done)
+
+
+def save(path, model, data: Data, settings, done: dict, optimizers=None, meter=None) -> None:
+    """With the optimizers, everything a run goes on from; without, what sampling needs."""
+    checkpoint = {
+        "config": dataclasses.asdict(model.config),
+        "train_config": dataclasses.asdict(settings),
+        "tokenizer": data.tokenizer.state(),
+        "model": model.state_dict(),
+        "done": done,
+    }
+    if optimizers:
+        checkpoint["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        checkpoint["meter"] = [meter.scalars, meter.load]
+        checkpoint["rng"] = torch.get_rng_state()
+        if settings.device == "cuda":
+            checkpoint["cuda_rng"] = torch.cuda.get_rng_state()
+    lamoe.save(path, checkpoint)
+
+
+def restore(saved: dict, model, optimizers, meter: Meter) -> dict:
+    """Everything as it was; returns `done`. Batches need no state: the step says which is next."""
+    model.load_state_dict(saved["model"])
+    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    for mine, theirs in zip((meter.scalars, meter.load), saved["meter"], strict=True):
+        mine.copy_(theirs)
+    torch.set_rng_state(saved["rng"])
+    if "cuda_rng" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["cuda_rng"])
+    return saved["done"]
+
+
+def stop_on_ctrl_c() -> list:
+    """An empty list that Ctrl-C fills: the step in hand is finished and saved. Twice stops at once."""
+    pressed = []
+
+    def handler(number, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    signal.signal(signal.SIGINT, handler)
+    return pressed
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. What a person sees
+# ---------------------------------------------------------------------------------------------
+
+
+def introduce(model, settings: TrainConfig, data: Data, folder: Path) -> None:
+    c, parts = model.config, lamoe.count_parameters(model)
+    total, active = parts["all"]
+    shape = f"{c.n_layers} layers, dim {c.dim}, {c.n_heads} heads"
+    if c.n_experts > 1:
+        shape += f", {c.n_experts} experts of {c.hidden_dim} (top {c.top_k}, {c.router})"
+    tokens = settings.batch_size * c.seq_len
+    # weight, gradient and two moments; logits three times over; some 30 activations a layer
+    memory = 16 * total + 12 * tokens * c.vocab_size + 120 * tokens * c.dim * c.n_layers
+    say(f"model      {shape}: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active a token")
+    say(
+        f"training   {settings.steps} steps of {tokens * settings.grad_accum:,} tokens on "
+        f"{settings.device} in {settings.dtype}, preset {settings.preset}; about "
+        f"{memory / 1e9 + 0.4:.1f} GB"
+    )
+    say(f"run        {folder}: log.csv, last.pt, best.pt; Ctrl-C saves, --resume goes on")
+    say(
+        f"           a model that knows nothing has loss ln({c.vocab_size}) = {math.log(c.vocab_size):.2f}"
+    )
+
+
+def show(row: dict, settings: TrainConfig, floor: float | None) -> None:
+    left = (settings.steps - row["step"]) * row["seconds"] / row["step"]
+    line = f"step {row['step']:5}/{settings.steps}  loss {row['train_loss']:.3f}"
+    if "load_max_over_mean" in row:
+        line += f"  load {row['load_max_over_mean']:.2f}"
+    line += f"  {row['tokens_per_s']:,.0f} tokens/s  {int(left // 60)}:{int(left % 60):02} left"
+    if "val_bits_per_byte" not in row:
+        return say_in_place(line)
+    line += f"  validation {row['val_bits_per_byte']:.3f} bits/byte"
+    say(line + (f" (floor {floor:.3f})" if floor else ""))
+
+
+def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
+    """The best model's score, a sample, and where everything is."""
+    model, tokenizer = lamoe.load(folder / "best.pt", settings.device)
+    kinds, floor = data.corpus.kind_of_byte, data.floor
+    score = evaluate(model, data.val_ids, data.spans, tokenizer, settings, kinds)
+    cut = np.arange(0, len(data.val_ids) - 1, data.batches.length)
+    cut = np.stack([cut, np.append(cut[1:], len(data.val_ids) - 1)], axis=1)
+    anywhere = evaluate(model, data.val_ids, cut, tokenizer, settings).bits_per_byte
+    say("")
+    say(
+        f"best       {score.bits_per_byte:.4f} bits/byte of validation, at step {done['best_step']}"
+    )
+    say(f"           ({anywhere:.4f} when windows are cut anywhere, not at documents)")
+    if floor:
+        gap = (score.bits_of_kind - data.corpus.floor_bits) / data.corpus.floor_bits.sum()
+        rest, choice, recall = 100 * gap
+        say(
+            f"floor      {floor:.4f}: {100 * (score.bits_per_byte / floor - 1):.2f}% above it, of which "
+            f"choices {choice:.2f}, recall {recall:.2f}, the rest {rest:.2f}"
+        )
+        mentions = np.count_nonzero(
+            np.diff((kinds == datasets.KINDS.index("recall")).astype(int)) == 1
+        )
+        bits = score.bits_of_kind[datasets.KINDS.index("recall")] / mentions
+        say(f"           a name or thing to be recalled costs {bits:.3f} bits")
+    opening = "Once, upon a time" if settings.data == "stories" else "\n"
+    ids = torch.tensor([[tokenizer.eot, *tokenizer.encode(opening)]], device=settings.device)
+    generator = torch.Generator(settings.device).manual_seed(settings.seed)
+    new = model.generate(
+        ids, 150, temperature=0.8, min_p=0.02, stop=tokenizer.eot, generator=generator
+    )
+    text = tokenizer.decode([token.item() for token in new]).removesuffix("<|endoftext|>")
+    say(f"sample     {opening}{text}")
+    say(f"picture    {draw(folder, floor)}")
+    say(f"log        {folder}/log.csv")
+    say(f"next       python sample.py {opening.strip()!r} --model {folder}/best.pt")
+
+
+def main() -> None:
+    try:
+        given = vars(parse())
+        resume = given.pop("resume")
+        train(given, resume)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
