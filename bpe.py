@@ -154,7 +154,9 @@ def learn_merges(word_counts, n_merges, progress=None):
         starts = np.flatnonzero(np.diff(keys, prepend=-1))
         totals = np.add.reduceat(weight[at], starts).tolist() if len(at) else []
         ends = [*starts[1:].tolist(), len(at)]
-        for key, total, lo, hi in zip(keys[starts].tolist(), totals, starts.tolist(), ends):
+        for key, total, lo, hi in zip(
+            keys[starts].tolist(), totals, starts.tolist(), ends, strict=False
+        ):
             where[key] = at[lo:hi]
             heapq.heappush(heap, (-total, key))
 

@@ -4,28 +4,28 @@ A dense transformer sends every token through every weight. A sparse mixture of 
 many feed-forward networks in each layer, and a small router picks a few of them for each token: the
 model grows, the work for a token does not. This file is the whole model, from config to text.
 
-Notable features
-- Llama's decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, untied or tied head
-- sorted dispatch: tokens sorted by expert, one matrix product an expert, a backward that only gathers
-- a router is one short class; selection and weighting are kept apart; always in fp32
-- one code path for training, prefill and one-token steps with a cache
+- Llama's decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, a cache
+- sorted dispatch: one matrix product an expert, and a backward that only gathers
+- four routers (topk, noisy, switch, deepseek), each one short class; a fifth is a class and a line
 - `n_experts=1` is a dense Llama: the baseline is the same file
 
 References
- [1] Llama 2                    Touvron et al. 2023    arXiv:2307.09288
- [2] RMSNorm                    Zhang & Sennrich 2019  arXiv:1910.07467
- [3] Rotary positions (RoPE)    Su et al. 2021         arXiv:2104.09864
- [4] Grouped-query attention    Ainslie et al. 2023    arXiv:2305.13245
- [5] SwiGLU                     Shazeer 2020           arXiv:2002.05202
- [6] Mixtral                    Jiang et al. 2024      arXiv:2401.04088
- [7] Switch Transformer         Fedus et al. 2021      arXiv:2101.03961
- [8] ST-MoE (router z-loss)     Zoph et al. 2022       arXiv:2202.08906
- [9] QK-norm                    Henry et al. 2020      arXiv:2010.04245
+ [1] Llama 2                     Touvron et al. 2023    arXiv:2307.09288
+ [2] RMSNorm                     Zhang & Sennrich 2019  arXiv:1910.07467
+ [3] Rotary positions (RoPE)     Su et al. 2021         arXiv:2104.09864
+ [4] Grouped-query attention     Ainslie et al. 2023    arXiv:2305.13245
+ [5] SwiGLU                      Shazeer 2020           arXiv:2002.05202
+ [6] Mixtral                     Jiang et al. 2024      arXiv:2401.04088
+ [7] Noisy top-k gating          Shazeer et al. 2017    arXiv:1701.06538
+ [8] Switch Transformer          Fedus et al. 2021      arXiv:2101.03961
+ [9] ST-MoE (router z-loss)      Zoph et al. 2022       arXiv:2202.08906
+[10] DeepSeek-V3                 DeepSeek-AI 2024       arXiv:2412.19437
+[11] QK-norm                     Henry et al. 2020      arXiv:2010.04245
 
 A tensor's name ends in its shape, one letter a dimension:
   B batch   T time (new positions)   S cached positions, or sorted rows in the dispatch
   N = B*T tokens    D dim    H query heads    G key/value heads    K head dim
-  E experts    A active experts a token (= top_k)    F hidden dim of one expert    V vocabulary
+  E experts    A active experts a token (= top_k; 1 in switch)    F hidden dim of one expert    V vocabulary
 """
 
 import dataclasses
@@ -38,9 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------
-# 1. Config: the architecture, and nothing else
-# ---------------------------------------------------------------------------------------------
+# --- 1. Config: the architecture, and nothing else ------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -57,57 +55,82 @@ class Config:
     n_experts: int = 4  # experts a layer; 1 is a dense Llama, without a router
     top_k: int = 2  # experts a token is sent to
     router: str = "topk"  # which class of section 5
+    n_shared_experts: int = 0  # experts that every token passes through besides [10: 1]
+    n_dense_layers: int = 0  # first layers that are dense, of the same active width [10: 3]
     seq_len: int = 256  # context [tokens]
     rope_theta: float = 10_000.0  # base of the rotary wavelengths [3]
     norm_eps: float = 1e-5  # inside RMSNorm's root [1]
-    qk_norm: bool = False  # RMSNorm on each query and key head, before RoPE [9]
+    qk_norm: bool = False  # RMSNorm on each query and key head, before RoPE [11]
     tie_embeddings: bool = False  # the output head is the embedding, transposed
-    balance_weight: float = 0.01  # weight of the balance loss [7: 0.01]
-    z_weight: float = 0.001  # weight of the router z-loss [8: 0.001]
+    balance_weight: float = 0.01  # of the balance losses of topk, noisy and switch [8: 0.01]
+    z_weight: float = 0.001  # topk: of the router z-loss [9: 0.001]
+    capacity_factor: float = 1.25  # switch: places over tokens, in training [8: 1 to 1.25]
+    eval_capacity_factor: float | None = None  # switch: the same in evaluation; None: no limit
+    jitter: float = 0.01  # switch: noise on the router's input, in training [8: 0.01]
+    n_groups: int = 1  # deepseek: groups the experts are in [10: 8]
+    top_groups: int = 1  # deepseek: groups a token may choose from [10: 4]
+    bias_rate: float = 0.001  # deepseek: step of the balancing bias [10: 0.001]
+    routed_scale: float = 1.0  # deepseek: factor on the routed experts [10: 2.5]
+    sequence_weight: float = 0.0001  # deepseek: of the loss within a sequence [10: 0.0001]
 
     def __post_init__(self):
-        for name in (f.name for f in dataclasses.fields(self) if f.type is int):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.dim % self.n_heads and self.head_dim is None:
-            low = self.dim - self.dim % self.n_heads
-            near = " or ".join(f"dim={d}" for d in (low, low + self.n_heads) if d)
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), int(field.name not in MAY_BE_ZERO)
+            if field.type is int and value < least:
+                raise ValueError(f"{field.name}={value} must be at least {least}")
+            if field.type in (float, float | None) and value is not None and not 0 <= value < 1e30:
+                raise ValueError(f"{field.name}={value} must be a number from 0 on")
+        if self.head_dim is None and self.dim % (2 * self.n_heads):
+            step = 2 * self.n_heads  # each head of an even width, for RoPE turns pairs
+            near = max(step, self.dim // step * step)
             raise ValueError(
-                f"dim={self.dim} is not divisible by n_heads={self.n_heads}; try {near}"
+                f"dim={self.dim} does not divide into n_heads={self.n_heads} heads of an even "
+                f"width; try dim={near} or dim={near + step}"
             )
+        if self.head_size < 2 or self.head_size % 2:
+            fits = max(2, self.head_dim + self.head_dim % 2)
+            raise ValueError(f"head_dim={self.head_dim} must be even (RoPE); try head_dim={fits}")
         if self.n_heads % self.n_kv_heads:
             fits = [g for g in range(1, self.n_heads + 1) if self.n_heads % g == 0]
             raise ValueError(
                 f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}; "
                 f"try n_kv_heads from {fits}"
             )
-        if self.head_size % 2:
-            raise ValueError(
-                f"head_dim={self.head_size} is odd, but RoPE rotates pairs; "
-                f"try head_dim={self.head_size + 1}"
-            )
-        if self.top_k > self.n_experts > 1:
-            raise ValueError(
-                f"top_k={self.top_k} is more than n_experts={self.n_experts}; "
-                f"try top_k={self.n_experts}"
-            )
         if self.router not in ROUTERS:
             raise ValueError(f"router={self.router!r} is unknown; try one of {sorted(ROUTERS)}")
+        if self.n_experts == 1:
+            return
+        if self.n_experts % self.n_groups or self.top_groups > self.n_groups:
+            raise ValueError(
+                f"n_groups={self.n_groups}, top_groups={self.top_groups} do not divide "
+                f"n_experts={self.n_experts}; try n_groups=1 top_groups=1"
+            )
+        choosable = self.n_experts // self.n_groups * self.top_groups
+        if self.n_active > choosable:
+            raise ValueError(
+                f"top_k={self.top_k} is more than the {choosable} experts to choose from "
+                f"(n_experts={self.n_experts}); try top_k={choosable}"
+            )
 
     @property
     def head_size(self) -> int:
-        return self.head_dim or self.dim // self.n_heads
+        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def n_active(self) -> int:
+        """Experts a token is sent to: top_k, but Switch is always top-1."""
+        return 1 if self.router == "switch" else self.top_k
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. Attention: RMSNorm, RoPE, the cache, grouped-query attention
-# ---------------------------------------------------------------------------------------------
+MAY_BE_ZERO = ("n_shared_experts", "n_dense_layers")
+
+# --- 2. Attention: RMSNorm, RoPE, the cache, grouped-query attention ------------------------------
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in fp32 [2, eq. 4].
 
-    LayerNorm without mean and bias. eps belongs inside the root: outside, a zero row divides by eps.
+    LayerNorm without mean and bias. eps stands inside the root: outside, a row near zero explodes.
     """
 
     def __init__(self, dim: int, eps: float):
@@ -122,7 +145,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (length, K), of the angle by which each position turns each pair [3, eq. 15].
+    """cos and sin, (length, K) each, of the angle by which a position turns a pair [3, eq. 15].
 
     Pair i turns by position * theta^(-2i/K): the first pairs spin fast and tell neighbours apart,
     the last ones slowly and tell paragraphs apart.
@@ -188,7 +211,7 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention [4]: H query heads, G key/value heads, so the cache is H/G smaller."""
+    """Grouped-query attention [4]: H query heads share G key/value heads; the cache is G/H."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -213,9 +236,7 @@ class Attention(nn.Module):
         return self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, -1))
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. Experts: one SwiGLU, and E of them in stacked parameters
-# ---------------------------------------------------------------------------------------------
+# --- 3. Experts: one SwiGLU, and E of them in stacked parameters ----------------------------------
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -272,9 +293,7 @@ def has_grouped_mm(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (8, 0)
 
 
-# ---------------------------------------------------------------------------------------------
-# 4. Dispatch: bring each token to its experts and the results back
-# ---------------------------------------------------------------------------------------------
+# --- 4. Dispatch: bring each token to its experts and the results back ----------------------------
 # With A experts a token there are N*A pairs (token, expert). Sorting the pairs by expert makes each
 # expert's work one dense matrix product. Two index tensors describe the trip:
 #   token_S   row s of the sorted buffer is a copy of token token_S[s]
@@ -339,23 +358,32 @@ def dispatch(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Ten
     return Combine.apply(experts(x_SD, weight_S1, ends_E), token_S, slot_NA)
 
 
-# ---------------------------------------------------------------------------------------------
-# 5. Routers: which experts a token goes to, and how much each counts
-# ---------------------------------------------------------------------------------------------
+# --- 5. Routers: which experts a token goes to, and how much each counts --------------------------
+# Choosing (experts_NA) and weighting (weights_NA) are separate decisions: choosing has no gradient,
+# so a router learns from its weights and from its losses. All in fp32: in bf16 near-ties between
+# experts would hang on rounding. Noise in training only, from torch's global generator.
 
 
 class Routing(NamedTuple):
-    """What a router decides. fp32 throughout: near-ties between experts must not hang on rounding."""
-
     experts_NA: Tensor  # chosen experts, distinct within a row
-    weights_NA: Tensor  # what each counts in the output
-    loss: Tensor  # weighted auxiliary losses, added to the cross-entropy in training
+    weights_NA: Tensor  # what each counts in the output; 0 where it is dropped
+    loss: Tensor | float = 0.0  # weighted auxiliary losses, in training
+    dropped: Tensor | float = 0.0  # share of choices lost to capacity
 
 
-def router_logits(x_BTD: Tensor, weight_ED: Tensor) -> Tensor:
-    """(N, E) scores in fp32, whatever autocast says."""
-    with torch.autocast(x_BTD.device.type, enabled=False):
-        return F.linear(x_BTD.flatten(0, 1).float(), weight_ED.float())
+class Router(nn.Module):
+    """What every router has: one row of weights an expert, and x's product with them."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.config = c
+        self.weight = nn.Parameter(torch.empty(c.n_experts, c.dim))
+
+    def logits(self, x_BTD: Tensor, weight_ED: Tensor | None = None) -> Tensor:
+        """(N, E) in fp32, whatever autocast says."""
+        weight_ED = self.weight if weight_ED is None else weight_ED
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            return F.linear(x_BTD.flatten(0, -2).float(), weight_ED.float())
 
 
 def load_share(experts_NA: Tensor, n_experts: int) -> Tensor:
@@ -365,7 +393,7 @@ def load_share(experts_NA: Tensor, n_experts: int) -> Tensor:
 
 
 def balance_loss(probs_NE: Tensor, experts_NA: Tensor) -> Tensor:
-    """E * sum_e f_e P_e [7, eq. 4-6]: f the share of choices, P the mean probability of expert e.
+    """E * sum_e f_e P_e [8, eq. 4-6]: f the share of choices, P the mean probability of expert e.
 
     1 when both are uniform, E/A when A experts share everything. f counts and has no gradient; P
     has one, and is pushed down most where f is large. Over the whole batch of one layer: balance
@@ -381,49 +409,187 @@ def balance_loss(probs_NE: Tensor, experts_NA: Tensor) -> Tensor:
 
 
 def z_loss(logits_NE: Tensor) -> Tensor:
-    """The mean of logsumexp(logits)^2 [8, eq. 5]: keeps the logits small, so rounding stays small."""
+    """The mean of logsumexp(logits)^2 [9, eq. 5]: small logits round little."""
     return logits_NE.logsumexp(-1).square().mean()
 
 
-class TopK(nn.Module):
-    """Mixtral's router [6, section 2.1]: softmax over the k largest logits.
+def cv_squared(x_E: Tensor) -> Tensor:
+    """Variance over mean^2 [7, eq. 7]: 0 when all are equal, E/k - 1 when k of E share everything.
 
-    weights = softmax(top_k(x W)). At k = 1 that is always exactly 1, so the task's loss gives this
-    router no gradient: only the balance loss would move it.
+    >>> cv_squared(torch.tensor([6.0, 0.0, 0.0])).item()
+    2.0
+    """
+    return x_E.var(correction=0) / x_E.mean().square()
+
+
+class TopK(Router):
+    """Mixtral's router: weights = softmax(TopK(x W)) [6, section 2.1], balance loss, z-loss.
+
+    At k = 1 that weight is always exactly 1, so the task's loss gives this router no gradient.
+    """
+
+    def forward(self, x_BTD: Tensor) -> Routing:
+        c, logits_NE = self.config, self.logits(x_BTD)
+        top_logits_NA, experts_NA = logits_NE.topk(c.top_k)
+        routing = Routing(experts_NA, top_logits_NA.softmax(-1))
+        if not self.training:
+            return routing
+        loss = c.balance_weight * balance_loss(logits_NE.softmax(-1), experts_NA)
+        return routing._replace(loss=loss + c.z_weight * z_loss(logits_NE))
+
+
+class Noisy(Router):
+    """Noisy top-k gating [7, eq. 3-5]: softmax(TopK(x W + normal * softplus(x W_noise))).
+
+    The noise lets a token try other experts, each layer learns how much. Two losses, each a CV^2
+    over the batch: importance, the summed weights (eq. 6-7), and load (appendix A, eq. 8-11), where
+    a count would have no gradient and the probability of being chosen again has one:
+        P(x, i) = Phi((x W - kth_excluding_i) / softplus(x W_noise))
+    with x W without noise, and the k-th largest noisy logit of the *other* experts.
+
+    >>> H = torch.tensor([[3.0, 1.0, 2.0]])  # noisy logits, k = 2: what each has to beat
+    >>> Noisy.to_beat(H, k=2).tolist()
+    [[1.0, 2.0, 1.0]]
     """
 
     def __init__(self, c: Config):
-        super().__init__()
-        self.config = c
-        self.weight = nn.Parameter(torch.empty(c.n_experts, c.dim))
+        super().__init__(c)
+        self.noise_weight = nn.Parameter(torch.zeros(c.n_experts, c.dim))  # [7, appendix A]
+
+    @staticmethod
+    def to_beat(noisy_NE: Tensor, k: int) -> Tensor:
+        """The k-th largest of the other experts: the (k+1)-th of all for those that are in."""
+        kth_NK = noisy_NE.topk(k + 1).values
+        kth_N1, next_N1 = kth_NK[:, -2:-1], kth_NK[:, -1:]
+        return torch.where(noisy_NE >= kth_N1, next_N1, kth_N1)
 
     def forward(self, x_BTD: Tensor) -> Routing:
+        c, clean_NE = self.config, self.logits(x_BTD)
+        if not self.training:
+            top_NA, experts_NA = clean_NE.topk(c.top_k)
+            return Routing(experts_NA, top_NA.softmax(-1))
+        std_NE = F.softplus(self.logits(x_BTD, self.noise_weight))
+        noisy_NE = clean_NE + torch.randn_like(clean_NE) * std_NE
+        top_NA, experts_NA = noisy_NE.topk(c.top_k)
+        weights_NA = top_NA.softmax(-1)
+        importance_E = torch.zeros_like(clean_NE).scatter(1, experts_NA, weights_NA).sum(0)
+        loss = cv_squared(importance_E)
+        if c.top_k < c.n_experts:  # else every expert is always chosen, and their load is equal
+            chosen_NE = (clean_NE - self.to_beat(noisy_NE, c.top_k)) / std_NE
+            loss = loss + cv_squared(torch.special.ndtr(chosen_NE).sum(0))
+        return Routing(experts_NA, weights_NA, c.balance_weight * loss)
+
+
+class Switch(Router):
+    """Switch routing [8, section 2]: the one best expert, weighted with its raw probability.
+
+    The raw probability is what lets the task teach the router: renormalised over one expert it
+    would be 1 and have no gradient. An expert has capacity_factor * N / E places (eq. 3); a token
+    that finds none passes by on the residual. Places go in time order, all rows at t before any
+    at t + 1: by score, or row by row, a later token could take an earlier one's place, and
+    training would see the future that generation has not. So in training a token depends on
+    earlier times in all rows and on lower rows at its own, and on nothing later.
+
+    >>> experts_BT = torch.tensor([[0, 0, 1], [0, 1, 1]])  # two rows, three times
+    >>> Switch.place(experts_BT, 2).tolist()               # 1: first in the queue of its expert
+    [[1, 3, 2], [2, 1, 3]]
+    """
+
+    @staticmethod
+    def place(experts_BT: Tensor, n_experts: int) -> Tensor:
+        """Where each token stands in the queue of its expert, (B, T), from 1."""
+        hot_TBE = F.one_hot(experts_BT.T, n_experts)
+        queue_TBE = hot_TBE.flatten(0, 1).cumsum(0).view_as(hot_TBE)
+        return (queue_TBE * hot_TBE).sum(-1).T
+
+    def forward(self, x_BTD: Tensor) -> Routing:
+        c, (B, T, _) = self.config, x_BTD.shape
+        factor = c.capacity_factor if self.training else c.eval_capacity_factor
+        if self.training and c.jitter:
+            noise_BTD = torch.empty_like(x_BTD, dtype=torch.float32)
+            x_BTD = x_BTD * noise_BTD.uniform_(1 - c.jitter, 1 + c.jitter)
+        probs_NE = self.logits(x_BTD).softmax(-1)
+        weights_N1, experts_N1 = probs_NE.max(-1, keepdim=True)
+        dropped = 0.0
+        if factor is not None:
+            capacity = math.ceil(factor * B * T / c.n_experts)
+            full_N1 = self.place(experts_N1.view(B, T), c.n_experts).reshape(-1, 1) > capacity
+            weights_N1, dropped = weights_N1.masked_fill(full_N1, 0), full_N1.float().mean()
+        loss = c.balance_weight * balance_loss(probs_NE, experts_N1) if self.training else 0.0
+        return Routing(experts_N1, weights_N1, loss, dropped)
+
+
+class DeepSeek(Router):
+    """DeepSeek-V3's router [10, section 2.1.2]: balance through a bias, not through the loss.
+
+    Scores are sigmoids (eq. 15). The bias chooses: TopK(score + bias) (eq. 16); the score weighs:
+    score / sum of the chosen scores, times routed_scale (eq. 13, 12). So evening out the load
+    never distorts the output. After each optimizer step the bias of an overloaded expert goes down
+    by bias_rate, that of an underloaded one up (`update_bias`). A token may choose from top_groups
+    groups only, those with the largest sum of their two best. Masked experts get -inf, not 0: a
+    biased score can be negative. Within a sequence a tiny loss guards against extremes (eq. 17-20).
+
+    >>> router = DeepSeek(Config(9, dim=4, n_experts=3, top_k=2))
+    >>> router.update_bias(torch.tensor([0.6, 0.3, 0.1]))  # shares of the load; equal is 0.333
+    >>> [round(b, 6) for b in router.bias.tolist()]        # -1, +1, +1 steps, less their mean
+    [-0.001333, 0.000667, 0.000667]
+    """
+
+    def __init__(self, c: Config):
+        super().__init__(c)
+        self.register_buffer("bias", torch.zeros(c.n_experts))
+
+    @torch.no_grad()
+    def update_bias(self, load_E: Tensor) -> None:
+        """load: what each expert got of the whole global batch, all micro-steps and ranks."""
+        step_E = self.config.bias_rate * torch.sign(load_E.mean() - load_E)
+        self.bias += step_E - step_E.mean()  # only differences count; the mean would drift
+
+    def choose(self, biased_NE: Tensor) -> Tensor:
         c = self.config
-        logits_NE = router_logits(x_BTD, self.weight)
-        top_logits_NA, experts_NA = logits_NE.topk(c.top_k, dim=-1)
-        loss = logits_NE.new_zeros(())
-        if self.training:
-            loss = c.balance_weight * balance_loss(logits_NE.softmax(-1), experts_NA)
-            loss = loss + c.z_weight * z_loss(logits_NE)
-        return Routing(experts_NA, top_logits_NA.softmax(-1), loss)
+        if c.top_groups < c.n_groups:
+            groups_NGE = biased_NE.unflatten(1, (c.n_groups, -1))
+            best_NG2 = groups_NGE.topk(min(2, groups_NGE.shape[-1])).values
+            allowed_NA = best_NG2.sum(-1).topk(c.top_groups).indices
+            masked_NG = torch.ones_like(best_NG2[..., 0], dtype=torch.bool)
+            masked_NG = masked_NG.scatter(1, allowed_NA, False)
+            biased_NE = groups_NGE.masked_fill(masked_NG[..., None], -torch.inf).flatten(1)
+        return biased_NE.topk(c.top_k).indices
+
+    def forward(self, x_BTD: Tensor) -> Routing:
+        c, scores_NE = self.config, self.logits(x_BTD).sigmoid()
+        experts_NA = self.choose(scores_NE.detach() + self.bias)
+        scores_NA = scores_NE.gather(1, experts_NA)
+        weights_NA = c.routed_scale * scores_NA / (scores_NA.sum(-1, keepdim=True) + 1e-20)
+        if not self.training:
+            return Routing(experts_NA, weights_NA)
+        # Eq. 18 counts the choice by score alone, without the bias: the loss evens out the scores.
+        probs_BTE = (scores_NE / scores_NE.sum(-1, keepdim=True)).view(*x_BTD.shape[:2], -1)
+        hot_NE = torch.zeros_like(scores_NE).scatter(1, self.choose(scores_NE.detach()), 1.0)
+        share_BE = hot_NE.view_as(probs_BTE).mean(1) / c.top_k
+        loss = c.n_experts * (share_BE * probs_BTE.mean(1)).sum(-1).mean()
+        return Routing(experts_NA, weights_NA, c.sequence_weight * loss)
 
 
-ROUTERS = {"topk": TopK}  # a new router: write its class above, name it here
+ROUTERS = {"topk": TopK, "noisy": Noisy, "switch": Switch, "deepseek": DeepSeek}
 
 
 class MoE(nn.Module):
-    """The sparse feed-forward layer: route, dispatch, add."""
+    """The sparse feed-forward layer: route, dispatch, add; shared experts see every token."""
 
     def __init__(self, c: Config):
         super().__init__()
         self.router = ROUTERS[c.router](c)
         self.experts = Experts(c.n_experts, c.dim, c.hidden_dim)
+        shared_dim = c.n_shared_experts * c.hidden_dim
+        self.shared = SwiGLU(c.dim, shared_dim) if shared_dim else None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
         routing = self.router(x_BTD)
         x_ND = x_BTD.flatten(0, 1).to(compute_dtype(x_BTD))
         y_ND = dispatch(self.experts, x_ND, routing.experts_NA, routing.weights_NA)
-        return y_ND.view_as(x_BTD), routing
+        y_BTD = y_ND.view_as(x_BTD)
+        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), routing
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -435,23 +601,27 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-# ---------------------------------------------------------------------------------------------
-# 6. The model
-# ---------------------------------------------------------------------------------------------
+# --- 6. The model ---------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, layer: int):
         super().__init__()
+        self.layer = layer
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
         self.attn = Attention(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
-        self.ffn = MoE(c) if c.n_experts > 1 else SwiGLU(c.dim, c.hidden_dim)
+        if c.n_experts == 1:
+            self.ffn = SwiGLU(c.dim, c.hidden_dim)
+        elif layer < c.n_dense_layers:
+            self.ffn = SwiGLU(c.dim, c.hidden_dim * (c.n_active + c.n_shared_experts))
+        else:
+            self.ffn = MoE(c)
 
-    def forward(self, x_BTD, cos_TK, sin_TK, cache: Cache | None = None, layer: int = 0):
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cos_TK, sin_TK, cache, layer)
+    def forward(self, x_BTD, cos_TK, sin_TK, cache: Cache | None = None):
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cos_TK, sin_TK, cache, self.layer)
         y_BTD, routing = self.ffn(self.ffn_norm(x_BTD)), None
         if isinstance(self.ffn, MoE):
             y_BTD, routing = y_BTD
@@ -476,7 +646,7 @@ class LaMoE(nn.Module):
         super().__init__()
         self.config = c = config
         self.embed = nn.Embedding(c.vocab_size, c.dim)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layers))
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
         if c.tie_embeddings:
@@ -496,7 +666,7 @@ class LaMoE(nn.Module):
         first logits would be.
         """
         for name, weight in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight", "head.weight")):
+            if any(part in name for part in ("o_proj", "down_proj", "head", "noise")):
                 nn.init.zeros_(weight)
             elif weight.dim() > 1:
                 nn.init.normal_(weight, std=0.02)
@@ -520,19 +690,23 @@ class LaMoE(nn.Module):
                 f"{start + T} tokens do not fit the context of seq_len={c.seq_len}; "
                 f"shorten the text, or train with --seq_len {start + T}"
             )
+        if cache is not None and c.eval_capacity_factor is not None:
+            raise ValueError(  # a step would see other competitors for a place than the whole text
+                "eval_capacity_factor makes results depend on the batch, so it can't be used with "
+                "a cache; set it to None"
+            )
         cos_TK, sin_TK = self.cos[start : start + T], self.sin[start : start + T]
         x_BTD, routings = self.embed(ids_BT), []
-        for layer, block in enumerate(self.blocks):
-            x_BTD, routing = block(x_BTD, cos_TK, sin_TK, cache, layer)
+        for block in self.blocks:
+            x_BTD, routing = block(x_BTD, cos_TK, sin_TK, cache)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
             cache.length += T
-        logits_BTV = self.head(self.norm(x_BTD)).float()
-        loss = None
+        logits_BTV, loss = self.head(self.norm(x_BTD)).float(), None
         if targets_BT is not None:
             loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
-        zero = x_BTD.new_zeros((), dtype=torch.float32)
+        zero = torch.zeros((), device=ids_BT.device)
         loads = [load_share(r.experts_NA, c.n_experts) for r in routings]
         experts = [r.experts_NA.view(*ids_BT.shape, -1) for r in routings]
         return Output(
@@ -540,9 +714,16 @@ class LaMoE(nn.Module):
             loss=loss,
             aux=sum((r.loss for r in routings), zero),
             load=torch.stack(loads) if loads else zero.new_zeros(0, c.n_experts),
-            dropped=zero,
+            dropped=sum((r.dropped for r in routings), zero) / max(1, len(routings)),
             experts=torch.stack(experts) if return_experts and experts else None,
         )
+
+    def update_bias(self, load_LE: Tensor) -> None:
+        """After each optimizer step: balance by bias, for routers that do (DeepSeek)."""
+        layers = (block.ffn for block in self.blocks if isinstance(block.ffn, MoE))
+        for layer, load_E in zip(layers, load_LE, strict=True):
+            if hasattr(layer.router, "update_bias"):
+                layer.router.update_bias(load_E)
 
     @torch.inference_mode()
     def generate(
@@ -619,14 +800,12 @@ def sample(logits_BV, temperature=1.0, top_k=None, top_p=None, min_p=None, gener
         sorted_BV, order_BV = logits_BV.sort(descending=True, stable=True)
         probs_BV = sorted_BV.softmax(-1)
         before_BV = probs_BV.cumsum(-1) - probs_BV  # mass of the tokens ahead of each
-        sorted_BV = sorted_BV.masked_fill(before_BV >= top_p, -torch.inf)
+        sorted_BV = sorted_BV.masked_fill(before_BV >= max(top_p, 1e-9), -torch.inf)
         logits_BV = torch.empty_like(logits_BV).scatter(1, order_BV, sorted_BV)
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------
-# 7. Counting: what a model holds, and what a token costs
-# ---------------------------------------------------------------------------------------------
+# --- 7. Counting: what a model holds, and what a token costs --------------------------------------
 
 
 def count_parameters(model: LaMoE) -> dict[str, tuple[int, int]]:
@@ -641,7 +820,7 @@ def count_parameters(model: LaMoE) -> dict[str, tuple[int, int]]:
         if weight is model.embed.weight:
             part, active = "embedding", n if c.tie_embeddings else 0
         elif "experts" in name:
-            part, active = "experts", n * c.top_k // c.n_experts
+            part, active = "experts", n * c.n_active // c.n_experts
         elif weight.dim() > 1:
             part = next(p for p in ("router", "attn", "ffn", "head") if p in name)
         total_active = parts.get(part, (0, 0))
@@ -651,19 +830,16 @@ def count_parameters(model: LaMoE) -> dict[str, tuple[int, int]]:
 
 
 def flops_per_token(model: LaMoE) -> int:
-    """Floating-point operations to train on one token, forward and backward.
+    """Floating-point operations to train on one token: 2 a weight forward, 4 backward.
 
-    2 a weight forward and 4 backward for every active matrix weight, and for causal attention
-    12 * layers * H * K * T/2: scores and values, each half masked away.
+    And for causal attention 12 * layers * H * K * T/2: scores and values, half of them masked.
     """
     c, parts = model.config, count_parameters(model)
     attention = 12 * c.n_layers * c.n_heads * c.head_size * c.seq_len // 2
     return 6 * (parts["all"][1] - parts["norms"][1]) + attention
 
 
-# ---------------------------------------------------------------------------------------------
-# 8. Save and load
-# ---------------------------------------------------------------------------------------------
+# --- 8. Save and load -----------------------------------------------------------------------------
 
 
 def save(path: str | os.PathLike, checkpoint: dict) -> None:
@@ -713,7 +889,7 @@ def load(path: str | os.PathLike, device: str = "cpu"):
     try:
         model = LaMoE(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit this version of LaMoE: {reason}") from None
     state = checkpoint.get("tokenizer")

@@ -40,9 +40,7 @@ import lamoe
 from bpe import Tokenizer
 from data import datasets
 
-# ---------------------------------------------------------------------------------------------
-# 1. What can be chosen: fields are flags
-# ---------------------------------------------------------------------------------------------
+# --- 1. What can be chosen: fields are flags ------------------------------------------------------
 
 
 @dataclass
@@ -56,7 +54,7 @@ class TrainConfig:
     tokenizer: str = "bpe"  # bpe (trained on the data) or bytes
     dtype: str = "auto"  # of matrix products: bf16 or fp32; auto: bf16 where it is faster
     seed: int = 0  # of weights and of the order of batches
-    steps: int = 0  # optimizer steps; 0: by preset
+    steps: int = 600  # optimizer steps
     batch_size: int = 16  # windows a micro-step
     grad_accum: int = 1  # micro-steps an optimizer step
     lr: float = 4e-3  # of AdamW, at its highest
@@ -67,6 +65,19 @@ class TrainConfig:
     eval_every: int = 0  # steps; 0: ten times a run
     save_every: int = 0  # steps; 0: with each evaluation
     log_every: int = 10  # steps
+
+    def __post_init__(self):
+        for name, least in (("batch_size", 1), ("grad_accum", 1), ("log_every", 1), ("steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in ("lr", "muon_lr", "weight_decay", "warmup", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number from 0 on")
+        for name, known in (("tokenizer", ("bpe", "bytes")), ("dtype", ("auto", "bf16", "fp32"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; try {known[0]}")
+        self.eval_every = self.eval_every or max(1, self.steps // 10)
+        self.save_every = self.save_every or self.eval_every
 
 
 LAPTOP = {"qk_norm": True, "steps": 600}
@@ -103,9 +114,7 @@ def fill(cls, *layers: dict):
     return cls(**{f.name: merged[f.name] for f in dataclasses.fields(cls) if f.name in merged})
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. Data: one flat array of ids -> windows -> batches
-# ---------------------------------------------------------------------------------------------
+# --- 2. Data: one flat array of ids -> windows -> batches -----------------------------------------
 
 
 def windows(tokens: np.ndarray, eot: int, length: int) -> np.ndarray:
@@ -155,9 +164,7 @@ def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
     return np.concatenate([np.array([tokenizer.eot], ids.dtype), ids])
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. Evaluation: bits per byte, and where they go
-# ---------------------------------------------------------------------------------------------
+# --- 3. Evaluation: bits per byte, and where they go ----------------------------------------------
 
 
 class Score(typing.NamedTuple):
@@ -196,9 +203,7 @@ def evaluate(model, ids, spans, tokenizer, settings: TrainConfig, kinds=None) ->
     return Score(float(nats.mean()), float(bits.sum() / sizes.sum()), by_kind)
 
 
-# ---------------------------------------------------------------------------------------------
-# 4. Optimizers and schedule
-# ---------------------------------------------------------------------------------------------
+# --- 4. Optimizers and schedule -------------------------------------------------------------------
 
 
 def make_optimizers(model: lamoe.LaMoE, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -226,9 +231,7 @@ def schedule(step: int, config: TrainConfig) -> float:
     return min((step + 1) / rise, (config.steps - step) / max(1, config.steps - rise))
 
 
-# ---------------------------------------------------------------------------------------------
-# 5. The log, the picture, the lock
-# ---------------------------------------------------------------------------------------------
+# --- 5. The log, the picture, the lock ------------------------------------------------------------
 
 COLUMNS = (
     "step tokens train_loss val_loss val_bits_per_byte lr grad_norm aux load_max_over_mean "
@@ -311,9 +314,7 @@ def lock(folder: Path):
     return file
 
 
-# ---------------------------------------------------------------------------------------------
-# 6. Setting up: device, dtype, sizes, data
-# ---------------------------------------------------------------------------------------------
+# --- 6. Setting up: device, dtype, sizes, data ----------------------------------------------------
 
 
 def pick_device(name: str) -> str:
@@ -411,8 +412,6 @@ def settle(given: dict, saved: dict | None) -> tuple[TrainConfig, dict]:
         raise ValueError(f"preset={preset!r} is unknown; try one of {sorted(PRESETS)}")
     settings = fill(TrainConfig, {**given, "device": device, "preset": preset}, PRESETS[preset])
     settings.dtype = pick_dtype(settings.dtype, device)
-    settings.eval_every = settings.eval_every or max(1, settings.steps // 10)
-    settings.save_every = settings.save_every or settings.eval_every
     fields = {f.name for f in dataclasses.fields(lamoe.Config)}
     known = {**PRESETS[preset], **given}
     return settings, {name: value for name, value in known.items() if name in fields}
@@ -465,9 +464,7 @@ def say_in_place(text: str) -> None:
         print(f"{text[:79]:79}", end="\r", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------
-# 7. The loop
-# ---------------------------------------------------------------------------------------------
+# --- 7. The loop ----------------------------------------------------------------------------------
 
 
 class Meter:
@@ -513,16 +510,19 @@ def update(model, optimizers, batches: Batches, meter: Meter, settings: TrainCon
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, settings) * group["highest_lr"]
+    load_LE = 0.0
     for micro in range(settings.grad_accum):
         inputs, targets = batches(step * settings.grad_accum + micro, settings.device)
         with autocast(settings):
             out = model(inputs, targets)
         ((out.loss + out.aux) / settings.grad_accum).backward()
         meter.add(out)
+        load_LE = load_LE + out.load
     meter.scalars[4] = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
+    model.update_bias(load_LE)  # the load of the whole step, for a router that balances by bias
 
 
 def train(given: dict, resume: bool) -> None:
@@ -635,9 +635,7 @@ def stop_on_ctrl_c() -> list:
     return pressed
 
 
-# ---------------------------------------------------------------------------------------------
-# 8. What a person sees
-# ---------------------------------------------------------------------------------------------
+# --- 8. What a person sees ------------------------------------------------------------------------
 
 
 def introduce(model, settings: TrainConfig, data: Data, folder: Path) -> None:

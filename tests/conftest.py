@@ -29,10 +29,6 @@ settings.load_profile("lamoe")
 INSTALL = 'pip install -e ".[oracle]"'
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", f"oracle: compares with another package; {INSTALL}")
-
-
 def import_oracle(name):
     """The module `name`; without it, the test that asks is skipped."""
     try:

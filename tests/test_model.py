@@ -20,6 +20,7 @@ from conftest import (
     loop_over_experts,
     random_ids,
     random_model,
+    randomise,
     seeds,
     small_config,
 )
@@ -27,7 +28,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+import bpe
 import lamoe
+
+
+def spy_on(function, calls):
+    """`function`, which now also notes the arguments of each call."""
+    return lambda *args: (calls.append(args), function(*args))[1]
+
+
+def known_bug(reason):
+    """Strict: the day lamoe.py is mended, the test says so, and this mark goes."""
+    return pytest.mark.xfail(strict=True, reason=reason)
+
 
 # ---------------------------------------------------------------------------------------------
 # Config
@@ -43,6 +56,9 @@ import lamoe
         (dict(n_experts=0), "n_experts=0", "at least 1"),
         (dict(top_k=0), "top_k=0", "at least 1"),
         (dict(seq_len=-1), "seq_len=-1", "at least 1"),
+        pytest.param(
+            *(dict(head_dim=-2), "head_dim=-2", ""), marks=known_bug("int | None is not checked")
+        ),
         (dict(dim=100, n_heads=8, n_kv_heads=8), "dim=100", "try dim=96 or dim="),
         (dict(dim=5, n_heads=8, n_kv_heads=8), "dim=5", "try dim="),
         (dict(n_heads=4, n_kv_heads=3), "n_kv_heads=3", "try n_kv_heads from [1, 2, 4]"),
@@ -57,14 +73,11 @@ def test_config_mistakes_name_the_field_and_a_remedy(mistake, field, remedy):
         lamoe.Config(**{"vocab_size": 9, **mistake})
 
 
-known_bug = pytest.mark.xfail(strict=True, reason="the dim it names gives an odd head_dim")
-
-
 @pytest.mark.parametrize(
     "mistake",
     [
-        pytest.param(dict(dim=100, n_heads=8, n_kv_heads=8), marks=known_bug),
-        pytest.param(dict(dim=5, n_heads=8, n_kv_heads=8), marks=known_bug),
+        pytest.param(dict(dim=100, n_heads=8, n_kv_heads=8), marks=known_bug("104 / 8 is odd")),
+        pytest.param(dict(dim=5, n_heads=8, n_kv_heads=8), marks=known_bug("8 / 8 is odd")),
         dict(dim=12, n_heads=4, n_kv_heads=4),
         dict(head_dim=7),
         dict(n_experts=4, top_k=5),
@@ -102,7 +115,7 @@ def test_rmsnorm_equals_its_formula(size):
 
 def test_rmsnorm_works_in_fp32_inside():
     """x^2 in bf16 loses most digits. Only the result may be rounded."""
-    norm = lamoe.RMSNorm(64, eps=1e-5)
+    norm = randomise(lamoe.RMSNorm(64, eps=1e-5))
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert norm(x).dtype == torch.bfloat16
     assert torch.equal(norm(x), norm(x.float()).bfloat16())
@@ -303,7 +316,7 @@ def test_context_overflow_names_the_remedy(past):
     cache = lamoe.Cache(model.config, 1, 32)
     if past:
         model(random_ids(model.config, 1, past), cache=cache)
-    with pytest.raises(ValueError, match="17 tokens.*seq_len=16.*--seq_len 17"):
+    with pytest.raises(ValueError, match=r"17 tokens.*seq_len=16.*--seq_len 17"):
         model(random_ids(model.config, 1, 17 - past), cache=cache)
 
 
@@ -446,6 +459,21 @@ def test_bf16_autocast_stays_near_fp32():
     assert rounded.logits.dtype == rounded.loss.dtype == streams[0] == torch.float32
     assert_close(rounded.logits, exact.logits, 5e-2)
     assert not torch.equal(rounded.logits, exact.logits)
+
+
+def test_own_products_and_the_cache_follow_autocast(monkeypatch):
+    """A cache in fp32 under bf16 would be twice as large, and experts in fp32 far slower."""
+    model, made = random_model(small_config()), []
+    monkeypatch.setattr(lamoe.Cache, "append", spy_on(lamoe.Cache.append, made))
+    monkeypatch.setattr(lamoe, "dispatch", spy_on(lamoe.dispatch, made))
+    for enabled, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            next(model.generate(torch.tensor([[1, 2]]), 1))
+        caches = [args[0] for args in made if isinstance(args[0], lamoe.Cache)]
+        rows = [args[1] for args in made if isinstance(args[0], lamoe.Experts)]
+        assert len(caches) == len(rows) == model.config.n_layers
+        assert {cache.k.dtype for cache in caches} == {x_ND.dtype for x_ND in rows} == {dtype}
+        made.clear()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -614,6 +642,20 @@ def test_filters_together_never_leave_nothing(seed, k, min_p, top_p):
         assert not (drawn_BV > 0)[drawn_from(logits_BV, **alone) == 0].any()
 
 
+@pytest.mark.parametrize(
+    "most",
+    [
+        dict(top_k=1),
+        dict(min_p=1.0),
+        dict(top_p=1e-9),
+        pytest.param(dict(top_p=0.0), marks=known_bug("masks every token")),
+    ],
+)
+def test_the_strictest_filter_leaves_the_most_likely(most):
+    best_BV = torch.eye(12)[random_logits(0).argmax(-1)]
+    assert torch.equal(drawn_from(random_logits(0), **most), best_BV)
+
+
 @pytest.mark.parametrize("idle", [dict(top_k=12), dict(top_k=99), dict(top_p=1.0), dict(min_p=0.0)])
 def test_idle_filters_change_nothing(idle):
     assert_close(drawn_from(random_logits(0), **idle), random_logits(0).softmax(-1), 1e-6)
@@ -710,7 +752,6 @@ def test_load_gives_back_what_was_saved(tmp_path, changes):
 
 
 def test_the_tokenizer_travels_with_the_model(tmp_path):
-    bpe = pytest.importorskip("bpe")
     trained = bpe.Tokenizer.train(["a cat and a hat and a bat"] * 9, 262)
     model = random_model(small_config(vocab_size=trained.vocab_size))
     path = saved(tmp_path, checkpoint_of(model, tokenizer=trained.state()))
@@ -783,6 +824,11 @@ def test_load_refuses_what_is_no_checkpoint(tmp_path, content):
         (lambda c: c["config"].pop("vocab_size"), "vocab_size"),
         (lambda c: c.update(config=None), "does not fit"),
         (lambda c: c.update(model=3), "does not fit"),
+        pytest.param(
+            lambda c: c.update(model={1: torch.zeros(1)}),
+            "does not fit",
+            marks=known_bug("AttributeError is not caught"),
+        ),
     ],
 )
 def test_load_refuses_wrong_keys_and_shapes(tmp_path, spoil, message):
@@ -809,12 +855,10 @@ def test_save_is_atomic(tmp_path, broken):
 
 def test_save_reaches_the_disk_before_the_name_changes(tmp_path):
     """Renamed before it is flushed, a file may be empty after a power cut."""
-    calls = []
-    real = {name: getattr(os, name) for name in ("fsync", "replace")}
-
-    def spy(name):
-        return lambda *args: (calls.append(name), real[name](*args))[1]
-
-    with mock.patch("os.fsync", spy("fsync")), mock.patch("os.replace", spy("replace")):
+    calls = []  # fsync has one argument, replace two
+    with (
+        mock.patch("os.fsync", spy_on(os.fsync, calls)),
+        mock.patch("os.replace", spy_on(os.replace, calls)),
+    ):
         saved(tmp_path, {"config": {}, "model": {}})
-    assert calls[:2] == ["fsync", "replace"]
+    assert [len(args) for args in calls[:2]] == [1, 2]

@@ -96,7 +96,7 @@ def test_expand_and_combine_gradients_check():
 
 
 def test_dispatch_gradients_check():
-    experts, experts_NA, inputs = dispatch_case(4, 2, 3, 3, 2, "random", 0, torch.float64)
+    _, experts_NA, inputs = dispatch_case(4, 2, 3, 3, 2, "random", 0, torch.float64)
 
     def run(x_ND, weights_NA, gate_up_proj, down_proj):
         now = torch.nn.Module()
@@ -163,7 +163,7 @@ def test_each_token_gets_k_distinct_experts_and_weights_of_at_least_0(router, co
     routing = moe.router(random_x(moe.router.config, seed=seed))
     assert routing.experts_NA.shape == routing.weights_NA.shape == (21, A)
     assert all(len(set(row)) == A for row in routing.experts_NA.tolist())
-    assert 0 <= routing.experts_NA.min() and routing.experts_NA.max() < E
+    assert routing.experts_NA.min() >= 0 and routing.experts_NA.max() < E
     assert (routing.weights_NA >= 0).all() and routing.weights_NA.dtype == torch.float32
     load_E = lamoe.load_share(routing.experts_NA, E)
     counted_E = torch.bincount(routing.experts_NA.flatten(), minlength=E) / (21 * A)

@@ -1,0 +1,232 @@
+"""A name, a file or a folder becomes documents, and the two sides of the split stay apart."""
+
+import collections
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data import datasets, stories
+
+EOT = "<|endoftext|>"
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def everything(corpus):
+    return corpus.train + corpus.val
+
+
+# ---------------------------------------------------------------------------------------------
+# Files and folders
+# ---------------------------------------------------------------------------------------------
+
+
+def test_one_document_is_split_by_position_and_the_last_tenth_is_for_validation(tmp_path):
+    text = "".join(f"line {i} été\n" for i in range(100))
+    corpus = datasets.read(write(tmp_path / "book.txt", text))
+    assert corpus.name == "book"
+    assert "".join(everything(corpus)) == text
+    assert len(corpus.train) == len(corpus.val) == 1
+    assert len(corpus.train[0]) == int(0.9 * len(text))
+    assert "last 10%" in corpus.how
+    assert corpus.kind_of_byte is None and corpus.floor_bits is None
+
+
+def test_documents_are_separated_by_lines_and_by_nothing_else(tmp_path):
+    documents = [f"document {i}\n\nwith {EOT} inside a line" for i in range(60)]
+    corpus = datasets.read(write(tmp_path / "many.txt", f"\n{EOT}\n".join(documents)))
+    assert sorted(everything(corpus)) == sorted(documents)
+    assert "60 documents" in corpus.how and f"{len(corpus.val)} of them" in corpus.how
+
+
+def test_empty_documents_and_the_separator_at_the_end_make_no_document(tmp_path):
+    documents = [f"document {i}" for i in range(30)]
+    content = f"{EOT}\n\n{EOT}\n" + "".join(f"{d}\n{EOT}\n\n" for d in documents) + f" {EOT} "
+    corpus = datasets.read(write(tmp_path / "many.txt", content))
+    assert sorted(everything(corpus)) == sorted(documents)
+
+
+def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path):
+    documents = [f"document {i}\nsecond line" for i in range(30)]
+    plain = f"\n{EOT}\n".join(documents)
+    first = datasets.read(write(tmp_path / "a" / "text.txt", plain))
+    windows = b"\xef\xbb\xbf" + plain.replace("\n", "\r\n").encode()
+    assert datasets.read(write(tmp_path / "b" / "text.txt", windows)) == first
+
+
+def test_a_folder_is_read_to_its_bottom_in_a_stable_order(tmp_path):
+    for name in ("z.txt", "sub/a.txt", "sub/deeper/b.txt"):
+        write(tmp_path / "shelf" / name, f"text of {name}, " * 3)
+    write(tmp_path / "shelf" / "readme.md", "not a text of ours")
+    write(tmp_path / "shelf" / "empty.txt", "")
+    corpus = datasets.read("shelf")
+    joined = "".join(everything(corpus))
+    assert corpus.name == "shelf"
+    assert "readme" not in joined and "not a text" not in joined
+    order = ["sub/a.txt", "sub/deeper/b.txt", "z.txt"]
+    assert [name for name in sorted(order, key=joined.find) if name in joined] == order
+    assert datasets.read(str(tmp_path / "shelf")) == corpus
+
+
+def test_the_files_of_a_folder_are_documents(tmp_path):
+    for i in range(40):
+        write(tmp_path / "shelf" / f"{i:02}.txt", f"file {i}")
+    corpus = datasets.read("shelf/")
+    assert sorted(everything(corpus)) == sorted(f"file {i}" for i in range(40))
+    assert corpus.train and corpus.val
+
+
+def test_the_current_folder_has_a_name(tmp_path):
+    write(tmp_path / "a.txt", "some text")
+    assert datasets.read(".").name == tmp_path.name
+
+
+@pytest.mark.parametrize("n", [2, 5, 19])
+def test_a_few_documents_are_split_by_position_and_stay_documents(tmp_path, n):
+    """The separator is never text: the model gets a token for it."""
+    documents = [f"document {i} " * 5 + "end" for i in range(n)]
+    corpus = datasets.read(write(tmp_path / "few.txt", f"\n{EOT}\n".join(documents)))
+    assert not any(EOT in document for document in everything(corpus))
+    assert "".join(everything(corpus)) == "".join(documents)
+    size = sum(map(len, documents))
+    assert sum(map(len, corpus.train)) == pytest.approx(0.9 * size, abs=2)
+    assert all(everything(corpus))
+
+
+# ---------------------------------------------------------------------------------------------
+# Mistakes: the message says where
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("caf\xe9".encode("latin-1"), ["byte 3", "0xe9", "iconv"]),
+        (b"\xef\xbb\xbfcaf\xe9", ["byte 6", "0xe9", "iconv"]),
+        ("hello".encode("utf-16"), ["byte 0", "0xff"]),
+        (b"a\0b", ["zero byte"]),
+        (b"", ["empty"]),
+        (b" \r\n\t\n", ["empty"]),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_with_the_place(tmp_path, content, words):
+    path = write(tmp_path / "bad.txt", content)
+    with pytest.raises(ValueError) as error:
+        datasets.read(path)
+    assert all(word in str(error.value) for word in ["bad", *words])
+    assert "\n" not in str(error.value)
+
+
+def test_in_a_folder_the_bad_file_is_named(tmp_path):
+    write(tmp_path / "shelf" / "good.txt", "text")
+    write(tmp_path / "shelf" / "worse.txt", b"\xff")
+    with pytest.raises(ValueError, match="worse.txt is not UTF-8"):
+        datasets.read("shelf")
+
+
+def test_what_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.*no such file.*--data stories"):
+        datasets.read("nowhere")
+    write(tmp_path / "shelf" / "a.md", "text")
+    with pytest.raises(ValueError, match=r"shelf holds no \.txt"):
+        datasets.read("shelf")
+
+
+# ---------------------------------------------------------------------------------------------
+# The split
+# ---------------------------------------------------------------------------------------------
+
+many = st.lists(st.text("abcé \n", min_size=1, max_size=6), min_size=20, max_size=80)
+
+
+@given(many, st.lists(st.text("xyz", min_size=1, max_size=6), max_size=20), st.randoms())
+def test_adding_documents_moves_none_to_the_other_side(documents, more, rng):
+    before = datasets.split("a", documents)
+    if "last 10%" in before.how:  # twenty documents by chance all on one side
+        return
+    mixed = documents + more
+    rng.shuffle(mixed)
+    after = datasets.split("b", mixed)
+    assert set(before.train) <= set(after.train)
+    assert set(before.val) <= set(after.val)
+
+
+@given(many)
+def test_copies_of_a_document_are_on_the_same_side_and_none_is_lost(documents):
+    corpus = datasets.split("a", documents)
+    if "last 10%" in corpus.how:
+        return
+    assert not set(corpus.train) & set(corpus.val)
+    assert collections.Counter(everything(corpus)) == collections.Counter(documents)
+
+
+def test_about_one_document_in_ten_is_for_validation():
+    corpus = datasets.split("a", [f"document {i}" for i in range(5000)])
+    assert 0.08 < len(corpus.val) / 5000 < 0.12
+    digest = hashlib.sha256("\n".join(corpus.val).encode()).hexdigest()
+    assert digest.startswith("3e53f352")  # another split would leak into old checkpoints
+
+
+def test_documents_that_are_all_alike_are_still_split():
+    corpus = datasets.split("a", ["the same words "] * 30)
+    assert corpus.train and corpus.val
+    assert sum(map(len, corpus.val)) == pytest.approx(0.1 * 30 * 15, rel=0.2)
+
+
+# ---------------------------------------------------------------------------------------------
+# The embedded corpus
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_stories(tmp_path, monkeypatch):
+    real = stories.write
+    monkeypatch.setattr(datasets, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(stories, "write", lambda folder: real(folder, 30_000, 8_000))
+    return datasets.read("stories")
+
+
+def test_the_embedded_corpus_is_what_the_grammar_draws(small_stories):
+    corpus = small_stories
+    assert corpus.name == "stories"
+    train = [stories.document(i).text for i in range(len(corpus.train))]
+    val = [stories.document(i, split="val").text for i in range(len(corpus.val))]
+    assert (corpus.train, corpus.val) == (train, val)
+    assert len("".join(train)) > 25_000 and not set(train) & set(val)
+    assert f"{len(train)} documents" in corpus.how
+
+
+def test_the_floor_and_the_kinds_of_bytes_are_those_of_the_grammar(small_stories):
+    corpus = small_stories
+    documents = [stories.document(i, split="val") for i in range(len(corpus.val))]
+    assert corpus.floor_bits.sum() == pytest.approx(sum(d.bits for d in documents), rel=1e-9)
+    assert corpus.floor_bits[datasets.KINDS.index("recall")] == 0
+    assert corpus.floor_bits[datasets.KINDS.index("rest")] == 0
+
+    expected = []
+    for document in documents:
+        kinds = ["rest"] * (len(document.text) + len(EOT))
+        for span in document.spans:
+            kinds[span.start : span.end] = [span.kind] * (span.end - span.start)
+        expected += kinds
+    assert [datasets.KINDS[kind] for kind in corpus.kind_of_byte] == expected
+    assert set(np.unique(corpus.kind_of_byte)) == {0, 1, 2}
+
+
+def test_the_second_reading_finds_the_first(small_stories, monkeypatch):
+    monkeypatch.setattr(stories, "texts", None)  # drawing again would fail
+    again = datasets.read("stories")
+    assert (again.train, again.val) == (small_stories.train, small_stories.val)

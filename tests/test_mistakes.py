@@ -1,0 +1,269 @@
+"""Each mistake gets one line that names cause and remedy, exit code 2, and no traceback.
+
+One table: a command line, and the words its message must hold: what is wrong, then what to do.
+"""
+
+import dataclasses
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model, small_config
+from tiny_run import TINY, call, make_text
+
+import lamoe
+import sample
+import train
+from bpe import Tokenizer
+
+ROOT = Path(train.__file__).parent
+PROGRAMS = {"train.py": train, "sample.py": sample}
+BOOK = "train.py --data book.txt"
+HELLO = "sample.py Hello --model good.pt"
+
+# The files are made by `make_texts` and `make_checkpoints` below.
+TABLE = {
+    # -- what argparse sees
+    f"{BOOK} --lerning_rate 1": ["--lerning_rate", "--help"],
+    f"{BOOK} --lea 1": ["--lea", "--help"],
+    f"{BOOK} another.txt": ["another.txt", "--help"],
+    f"{BOOK} --steps ten": ["--steps", "'ten'", "int", "--help"],
+    f"{BOOK} --steps 1.5": ["--steps", "'1.5'", "int", "--help"],
+    f"{BOOK} --lr high": ["--lr", "'high'", "float", "--help"],
+    f"{BOOK} --lr": ["--lr", "--help"],
+    "sample.py Hello world": ["world", "--help"],
+    f"{HELLO} --temprature 1": ["--temprature", "--help"],
+    # -- the text
+    "train.py --data nowhere.txt": ["nowhere.txt", "no such file", "--data stories"],
+    "train.py --data storys": ["storys", "no such", "--data stories"],
+    "train.py --data empty.txt": ["empty is empty", "name a file"],
+    "train.py --data blank.txt": ["blank is empty", "name a file"],
+    "train.py --data short.txt": ["short.txt", "too short", "--seq_len"],
+    "train.py --data tiny.txt": ["tiny.txt", "too short", "more text"],
+    "train.py --data binary.txt": ["binary.txt", "not text", "plain text"],
+    "train.py --data image.png": ["image.png", "not UTF-8", "byte 0 is 0x89", "iconv"],
+    "train.py --data latin.txt": ["latin.txt", "not UTF-8", "byte 3 is 0xe9", "iconv"],
+    "train.py --data shelf": ["shelf", "no .txt", "put text there"],
+    "train.py --data mixed": ["bad.txt", "not UTF-8", "byte 3 is 0xe9", "iconv"],
+    f"{BOOK} --seq_len 5000": ["book.txt", "too short", "5000", "--seq_len"],
+    # -- the model
+    f"{BOOK} --dim 18 --n_heads 4": ["dim=18", "n_heads=4", "try dim=16"],
+    f"{BOOK} --n_heads 4 --n_kv_heads 3": ["n_heads=4", "n_kv_heads=3", "[1, 2, 4]"],
+    f"{BOOK} --top_k 4": ["top_k=4", "n_experts=3", "try top_k=3"],
+    f"{BOOK} --router magic": ["magic", "unknown", "topk"],
+    f"{BOOK} --head_dim 5": ["head_dim=5", "even", "try head_dim="],
+    f"{BOOK} --head_dim 0": ["head_dim=0", "must be"],
+    f"{BOOK} --head_dim -2": ["head_dim=-2", "must be"],
+    f"{BOOK} --n_layers 0": ["n_layers=0", "at least 1"],
+    f"{BOOK} --dim -16": ["dim=-16", "at least 1"],
+    f"{BOOK} --n_experts 0": ["n_experts=0", "at least 1"],
+    f"{BOOK} --seq_len 0": ["seq_len=0", "at least 1"],
+    f"{BOOK} --seq_len -3": ["seq_len=-3", "at least 1"],
+    f"{BOOK} --tokenizer bpe --vocab_size 256": ["vocab_size=256", "too small", "257"],
+    f"{BOOK} --tokenizer bpe --vocab_size -1": ["vocab_size=-1"],
+    f"{BOOK} --rope_theta 0": ["rope_theta=0", "must be"],
+    f"{BOOK} --norm_eps -1": ["norm_eps=-1", "must be"],
+    f"{BOOK} --balance_weight nan": ["balance_weight=nan", "must be"],
+    f"{BOOK} --z_weight -1": ["z_weight=-1", "must be"],
+    f"{BOOK} --dim 4000000000000": ["memory", "--dim"],  # more than any address space
+    # -- the training
+    f"{BOOK} --preset huge": ["huge", "gpu", "laptop"],
+    f"{BOOK} --device tpu": ["tpu", "--device"],
+    f"{BOOK} --tokenizer words": ["words", "bpe", "bytes"],
+    f"{BOOK} --dtype fp16": ["fp16", "bf16", "fp32"],
+    f"{BOOK} --steps -5": ["steps=-5", "must be"],
+    f"{BOOK} --batch_size 0": ["batch_size=0", "must be"],
+    f"{BOOK} --batch_size -4": ["batch_size=-4", "must be"],
+    f"{BOOK} --grad_accum 0": ["grad_accum=0", "must be"],
+    f"{BOOK} --log_every 0": ["log_every=0", "must be"],
+    f"{BOOK} --log_every -1": ["log_every=-1", "must be"],
+    f"{BOOK} --eval_every -1": ["eval_every=-1", "must be"],
+    f"{BOOK} --save_every -1": ["save_every=-1", "must be"],
+    f"{BOOK} --lr -1": ["lr=-1", "must be"],
+    f"{BOOK} --lr nan": ["lr=nan", "must be"],
+    f"{BOOK} --muon_lr -1": ["muon_lr=-1", "must be"],
+    f"{BOOK} --weight_decay -1": ["weight_decay=-1", "must be"],
+    f"{BOOK} --warmup 2": ["warmup=2", "must be"],
+    f"{BOOK} --warmup -1": ["warmup=-1", "must be"],
+    f"{BOOK} --clip 0": ["clip=0", "must be"],
+    f"{BOOK} --clip -1": ["clip=-1", "must be"],
+    f"{BOOK} --seed -1": ["seed=-1", "must be"],
+    f"{BOOK} --seed 99999999999999999999999": ["seed", "99999999999999999999999"],
+    # -- the folder
+    f"{BOOK} --out used": ["used already holds a run", "--resume --out used", "another --out"],
+    f"{BOOK} --out book.txt": ["book.txt", "another --out"],
+    f"{BOOK} --out book.txt/run": ["book.txt/run", "--out"],
+    "train.py --resume": ["no run", "python train.py"],
+    "train.py --resume --out nowhere": ["nowhere", "no such run", "--out nowhere"],
+    "train.py --resume --out book.txt": ["book.txt", "no such run", "python train.py"],
+    # -- sample.py
+    "sample.py Hello": ["no model", "python train.py"],
+    "sample.py": ["no model", "python train.py"],
+    "sample.py Hello --model nowhere.pt": ["nowhere.pt", "no such file", "python train.py"],
+    "sample.py Hello --model used": ["used", "checkpoint"],
+    "sample.py Hello --model book.txt": ["book.txt", "not a readable checkpoint", "another"],
+    "sample.py Hello --model damaged.pt": ["damaged.pt", "not a readable checkpoint", "another"],
+    "sample.py Hello --model empty.txt": ["empty.txt", "not a readable checkpoint", "another"],
+    "sample.py Hello --model code.pt": ["code.pt", "not a readable checkpoint", "another"],
+    "sample.py Hello --model list.pt": ["list.pt", "not a LaMoE checkpoint", "train.py"],
+    "sample.py Hello --model other.pt": ["other.pt", "not a LaMoE checkpoint", "train.py"],
+    "sample.py Hello --model field.pt": ["field.pt", "does not fit", "wings"],
+    "sample.py Hello --model shape.pt": ["shape.pt", "does not fit", "size mismatch"],
+    "sample.py Hello --model value.pt": ["value.pt", "dim=15"],
+    "sample.py Hello --model mismatch.pt": [
+        "mismatch.pt",
+        "tokenizer",
+        "257",
+        "260",
+        "one training",
+    ],
+    "sample.py Hello --model merges.pt": ["merges.pt", "tokenizer"],
+    "sample.py Hello --model pattern.pt": ["pattern.pt", "tokenizer", "pattern"],
+    "sample.py Hello --model untokenized.pt": ["untokenized.pt", "no tokenizer", "train.py"],
+    f"{HELLO} --temperature -1": ["--temperature", "-1", "0 or more"],
+    f"{HELLO} --temperature nan": ["--temperature", "nan", "0 or more"],
+    f"{HELLO} --temperature hot": ["--temperature", "'hot'", "float"],
+    f"{HELLO} --top_p 1.5": ["--top_p", "1.5", "at most 1"],
+    f"{HELLO} --top_p 0": ["--top_p", "0", "above 0"],
+    f"{HELLO} --top_p most": ["--top_p", "'most'", "float"],
+    f"{HELLO} --min_p -1": ["--min_p", "-1", "0"],
+    f"{HELLO} --top_k 0": ["--top_k", "0", "above 0"],
+    f"{HELLO} --top_k few": ["--top_k", "'few'", "int"],
+    f"{HELLO} --max_new_tokens 0": ["--max_new_tokens", "0", "above 0"],
+    f"{HELLO} --repetition_penalty 0": ["--repetition_penalty", "0", "above 0"],
+    f"{HELLO} -n 0": ["-n", "0", "above 0"],
+    f"{HELLO} --seed now": ["--seed", "'now'", "int"],
+    f"{HELLO} --seed 99999999999999999999999": ["seed", "99999999999999999999999"],
+    f"{HELLO} --device tpu": ["--device", "'tpu'", "cpu"],
+    f"sample.py {'long' * 20} --model good.pt": ["80 tokens", "shorten it to 14"],
+}
+if not torch.cuda.is_available():
+    TABLE |= {
+        f"{BOOK} --device cuda": ["'cuda'", "not available", "--device cpu"],
+        f"{HELLO} --device cuda": ["cuda", "not available", "--device cpu"],
+    }
+if not torch.backends.mps.is_available():
+    TABLE |= {
+        f"{BOOK} --device mps": ["'mps'", "not available", "--device cpu"],
+        f"{HELLO} --device mps": ["mps", "not available", "--device cpu"],
+    }
+if hasattr(os, "geteuid") and os.geteuid() != 0:  # root may write and read anything
+    TABLE |= {
+        f"{BOOK} --out sealed/run": ["sealed/run", "--out"],
+        "train.py --data secret.txt": ["secret.txt", "Permission"],
+    }
+
+
+class Code:
+    """What a checkpoint must never be able to run."""
+
+    def __reduce__(self):
+        return os._exit, (99,)
+
+
+def make_checkpoints():
+    model = random_model(small_config(vocab_size=257))
+    config, state = dataclasses.asdict(model.config), model.state_dict()
+    good = {"config": config, "model": state, "tokenizer": Tokenizer([]).state()}
+    merges = {**good["tokenizer"], "merges": [[97, 98], [98, 99], [99, 100]]}
+    lamoe.save("good.pt", good)
+    lamoe.save("list.pt", [1, 2, 3])
+    lamoe.save("other.pt", {"state_dict": state, "epoch": 3})
+    lamoe.save("field.pt", {**good, "config": {**config, "wings": 2}})
+    lamoe.save("shape.pt", {**good, "config": {**config, "hidden_dim": 13}})
+    lamoe.save("value.pt", {**good, "config": {**config, "dim": 15}})
+    lamoe.save("mismatch.pt", {**good, "tokenizer": merges})
+    lamoe.save("merges.pt", {**good, "tokenizer": {**merges, "merges": [[97, 900]]}})
+    lamoe.save("pattern.pt", {**good, "tokenizer": {**merges, "pattern": "."}})
+    lamoe.save("untokenized.pt", {"config": config, "model": state})
+    torch.save({"config": config, "model": Code()}, "code.pt")
+    whole = Path("good.pt").read_bytes()
+    Path("damaged.pt").write_bytes(whole[: len(whole) // 2])
+
+
+def make_texts():
+    for folder in ("shelf", "mixed", "used", "sealed"):
+        Path(folder).mkdir()
+    latin = "caf\xe9".encode("latin-1")
+    files = {
+        "book.txt": make_text(300).encode(),
+        "empty.txt": b"",
+        "blank.txt": b" \n\r\n\t",
+        "short.txt": b"only a hundred bytes " * 5,
+        "tiny.txt": b"x",
+        "binary.txt": b"text\0text" * 100,
+        "image.png": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
+        "latin.txt": latin * 100,
+        "shelf/text.md": b"not a .txt",
+        "mixed/bad.txt": latin * 100,
+        "mixed/good.txt": b"good " * 100,
+        "used/log.csv": b"step\n",
+        "secret.txt": b"text",
+    }
+    for name, content in files.items():
+        Path(name).write_bytes(content)
+    Path("secret.txt").chmod(0)
+    Path("sealed").chmod(0o500)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The mistakes, made once: no command of the table may change them."""
+    path = tmp_path_factory.mktemp("mistakes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        make_texts()
+        make_checkpoints()
+    yield path
+    (path / "sealed").chmod(0o700)
+
+
+@pytest.fixture
+def workplace(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+def everything():
+    return sorted(str(path) for path in Path().rglob("*"))
+
+
+def split_command(line):
+    """The program, and its arguments; a training is made tiny in case it starts after all."""
+    program, *arguments = shlex.split(line)
+    resuming = "--resume" in arguments
+    tiny = [*TINY, "--steps", "2"] if program == "train.py" and not resuming else []
+    return program, [*tiny, *arguments]
+
+
+@pytest.mark.parametrize("line", TABLE)
+def test_each_mistake_gets_one_line_with_cause_and_remedy(line, workplace, capsys):
+    """And leaves nothing behind: else the next run is book-2, and --resume finds an empty one."""
+    program, arguments = split_command(line)
+    before = everything()
+    code = call(PROGRAMS[program], *arguments)
+    message, after = capsys.readouterr().err, everything()
+    shutil.rmtree("runs", ignore_errors=True)  # of a command that went through: not for the next
+    assert code == 2, f"exit code {code}"
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1 and message.endswith("\n"), f"not one line: {message}"
+    assert [word for word in TABLE[line] if word not in message] == [], message
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    [f"{BOOK} --dim 18 --n_heads 4", "sample.py Hello --model damaged.pt"],
+)
+def test_from_a_shell_too(line, workplace):
+    program, arguments = split_command(line)
+    command = [sys.executable, ROOT / program, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert all(word in result.stderr for word in TABLE[line])

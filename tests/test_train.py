@@ -1,0 +1,669 @@
+"""A run is its flags and its seed: interrupted, resumed or repeated, it ends in the same numbers."""
+
+import csv
+import dataclasses
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROUTERS, random_model, small_config
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
+
+import lamoe
+import train
+from bpe import Tokenizer
+from data import datasets
+
+ROOT = Path(train.__file__).parent
+CADENCE = "--steps 20 --log_every 3 --eval_every 4 --save_every 5".split()
+BYTES = Tokenizer([])
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """An empty folder with a text in it; no matplotlib, which takes longer than the training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    Path("text.txt").write_text(make_text(), encoding="utf-8")
+    return tmp_path
+
+
+def start(out, *flags):
+    return call(train, "--data", "text.txt", "--out", out, *TINY, *flags)
+
+
+def resume(out, *flags):
+    return call(train, "--resume", "--out", out, *flags)
+
+
+def log_of(run):
+    with open(Path(run) / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def timeless(rows):
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "seconds")} for row in rows]
+
+
+def leaves(tree, path=""):
+    """(path, value) of everything in a checkpoint, tensors as bytes."""
+    if isinstance(tree, (dict, list, tuple)):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for key, value in items:
+            yield from leaves(value, f"{path}/{key}")
+    elif isinstance(tree, torch.Tensor):
+        yield path, (tree.dtype, tree.shape, tree.contiguous().numpy().tobytes())
+    else:
+        yield path, tree
+
+
+def state_of(checkpoint):
+    """Everything in a checkpoint but the clock and the folder's name."""
+    own = ("/done/seconds", "/train_config/out")
+    return {path: value for path, value in leaves(lamoe.read(checkpoint)) if path not in own}
+
+
+# ---------------------------------------------------------------------------------------------
+# Interrupt and resume
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stop, flags",
+    [
+        (10, ""),
+        (1, ""),
+        (19, ""),
+        (12, "--grad_accum 2"),
+        (10, "--dtype bf16"),
+        (10, "--n_experts 1"),
+        (10, "--tokenizer bpe --vocab_size 280"),
+        *((10, f"--router {router} --top_k 1") for router in ROUTERS if router != "topk"),
+    ],
+)
+def test_resume_is_bit_exact(stop, flags):
+    flags = [*CADENCE, *flags.split()]
+    micro_steps = 2 if "--grad_accum" in flags else 1
+    assert start("straight", *flags) == 0
+    with at_training_step(stop * micro_steps, press_ctrl_c):
+        assert start("resumed", *flags) == 130
+    assert lamoe.read("resumed/last.pt")["done"]["step"] == stop
+    torch.manual_seed(12345)  # as in a new process, nothing is left of the old generator
+    assert resume("resumed") == 0
+
+    straight, resumed = state_of("straight/last.pt"), state_of("resumed/last.pt")
+    for part in ("/model/", "/optimizers/", "/meter/", "/rng"):
+        assert any(path.startswith(part) for path in straight)
+    assert straight.keys() == resumed.keys()
+    assert [path for path in straight if straight[path] != resumed[path]] == []
+    assert state_of("straight/best.pt") == state_of("resumed/best.pt")
+    assert timeless(log_of("straight")) == timeless(log_of("resumed"))
+    steps = [int(row["step"]) for row in log_of("resumed")]
+    assert steps == [s for s in range(1, 21) if s % 3 == 0 or s % 4 == 0]
+
+
+def test_a_killed_run_resumes_from_its_last_save_without_gaps_or_doubles():
+    """The log is ahead of last.pt then: its rows after the save are cut and written again."""
+    assert start("straight", *CADENCE) == 0
+
+    def press_twice():
+        press_ctrl_c()
+        press_ctrl_c()
+
+    with at_training_step(9, press_twice):
+        assert start("killed", *CADENCE) == 130
+    assert lamoe.read("killed/last.pt")["done"]["step"] == 5
+    assert int(log_of("killed")[-1]["step"]) == 8
+    assert resume("killed") == 0
+    assert timeless(log_of("straight")) == timeless(log_of("killed"))
+    assert state_of("straight/last.pt") == state_of("killed/last.pt")
+
+
+def test_a_torn_last_line_of_the_log_is_dropped_on_resume():
+    assert start("straight", *CADENCE) == 0
+    with at_training_step(13, press_ctrl_c):
+        start("torn", *CADENCE)
+    with open("torn/log.csv", "a", newline="") as file:
+        file.write("1")  # of 15,...: the disk was full
+    assert resume("torn") == 0
+    assert timeless(log_of("straight")) == timeless(log_of("torn"))
+
+
+def test_ctrl_c_saves_and_names_the_command_that_goes_on(capsys):
+    with at_training_step(7, press_ctrl_c):
+        assert start("run", *CADENCE) == 130
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "saved at step 7" in printed.out
+    assert "python train.py --resume --out run" in printed.out
+
+
+def test_ctrl_c_before_the_first_step_stops_without_a_traceback(capsys):
+    with mock.patch.object(train.datasets, "read", side_effect=KeyboardInterrupt):
+        assert start("run") == 130
+    assert capsys.readouterr().err.strip() == "stopped"
+
+
+def test_resume_of_a_finished_run_says_so_and_changes_nothing(capsys):
+    start("run", "--steps", "3")
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    capsys.readouterr()
+    assert resume("run") == 0
+    printed = capsys.readouterr().out
+    assert "finished" in printed and "sample.py" in printed
+    assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
+
+
+def remove(path):
+    path.unlink()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def leave_only_what_sampling_needs(path):
+    shutil.copy(path.with_name("best.pt"), path)
+
+
+def leave_only_the_model(path):
+    checkpoint = lamoe.read(path)
+    lamoe.save(path, {"config": checkpoint["config"], "model": checkpoint["model"]})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [remove, truncate, empty, leave_only_what_sampling_needs, leave_only_the_model],
+    ids=lambda f: f.__name__,
+)
+def test_resume_without_a_usable_checkpoint_starts_over_and_keeps_the_old_files(damage, capsys):
+    start("straight", "--steps", "4")
+    start("run", "--steps", "4")
+    damage(Path("run/last.pt"))
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir() if path.suffix}
+    capsys.readouterr()
+    assert resume("run", "--data", "text.txt", *TINY, "--steps", "4") == 0
+    assert "starting over" in capsys.readouterr().out
+    for name, content in before.items():
+        assert (Path("run") / f"{name}.old").read_bytes() == content
+    assert state_of("straight/last.pt") == state_of("run/last.pt")
+
+
+def test_starting_over_twice_keeps_the_first_old_files_too():
+    start("run", "--steps", "2")
+    first = Path("run/best.pt").read_bytes()
+    for _ in range(2):
+        remove(Path("run/last.pt"))
+        resume("run", "--data", "text.txt", *TINY, "--steps", "2", "--seed", "1")
+    assert first in [path.read_bytes() for path in Path("run").iterdir()]
+
+
+def test_resume_without_out_takes_the_newest_run(capsys):
+    for i, name in enumerate(("runs/b", "runs/c", "runs/a")):
+        with at_training_step(1, press_ctrl_c):
+            start(name, "--steps", "2")
+        os.utime(f"{name}/log.csv", (1e9 + i, 1e9 + i))
+    capsys.readouterr()
+    assert call(train, "--resume") == 0
+    assert f"{Path('runs/a')} at step 1 of 2" in capsys.readouterr().out
+
+
+def test_resume_refuses_another_flag_and_takes_the_same_one(capsys):
+    with at_training_step(2, press_ctrl_c):
+        start("run", "--steps", "4", "--lr", "0.01")
+    before = Path("run/last.pt").read_bytes()
+    capsys.readouterr()
+    for flags in ("--lr 0.02", "--dim 32", "--steps 5", "--seed 1", "--n_experts 2"):
+        assert resume("run", *flags.split()) == 2
+        message = capsys.readouterr().err
+        assert flags in message and message.count("\n") == 1
+    assert Path("run/last.pt").read_bytes() == before
+    assert resume("run", "--data", "text.txt", *TINY, "--steps", "4", "--lr", "0.01") == 0
+
+
+def test_the_same_command_with_resume_is_accepted_though_it_left_things_to_the_program():
+    """auto, 0 and a vocabulary the text could not fill: what was settled is not a difference."""
+    Path("text.txt").write_text("abc " * 400)
+    flags = "--dtype auto --device auto --eval_every 0 --tokenizer bpe --vocab_size 400".split()
+    with at_training_step(2, press_ctrl_c):
+        assert start("run", "--steps", "4", *flags) == 130
+    assert resume("run", "--data", "text.txt", *TINY, "--steps", "4", *flags) == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Folders
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_default_folder_is_never_one_that_exists():
+    Path("runs/text-3").mkdir(parents=True)
+    for _ in range(3):
+        assert call(train, "--data", "text.txt", *TINY, "--steps", "1") == 0
+    assert sorted(os.listdir("runs")) == ["text", "text-2", "text-3", "text-4"]
+    assert os.listdir("runs/text-3") == []
+
+
+@pytest.mark.parametrize("left", ["log.csv", "last.pt", "best.pt"])
+def test_a_folder_that_holds_any_file_of_a_run_is_refused(left, capsys):
+    start("run", "--steps", "1")
+    for path in Path("run").iterdir():
+        if path.name != left:
+            path.unlink()
+    before = (Path("run") / left).read_bytes()
+    assert start("run", "--steps", "1") == 2
+    message = capsys.readouterr().err
+    assert "run already holds a run" in message and "--resume" in message and "--out" in message
+    assert (Path("run") / left).read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9")
+def test_a_run_is_locked_against_a_second_and_the_lock_dies_with_its_process(capsys):
+    command = [sys.executable, ROOT / "train.py", "--data", "text.txt", "--out", "run", *TINY]
+    settings = "--steps 1000000 --log_every 1 --eval_every 1000000 --save_every 1000000".split()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen([*command, *settings], stdout=subprocess.DEVNULL, env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        while not (Path("run/log.csv").exists() and len(log_of("run")) > 2):
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.05)
+        assert resume("run") == 2
+        assert "in use" in capsys.readouterr().err
+        assert sorted(os.listdir("run")) == ["lock", "log.csv"]  # nothing moved, nothing lost
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    assert resume("run", "--data", "text.txt", *TINY, "--steps", "2") == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Windows and batches
+# ---------------------------------------------------------------------------------------------
+
+EOT = 9
+texts = st.lists(st.lists(st.integers(0, EOT - 1), max_size=12), min_size=1, max_size=8)
+tokens_of_texts = texts.map(
+    lambda documents: np.array([EOT, *sum(([*d, EOT] for d in documents), [])])
+)
+
+
+@given(tokens_of_texts, st.integers(1, 10))
+def test_windows_score_each_token_once_and_begin_at_documents_where_they_can(tokens, length):
+    spans = train.windows(tokens, EOT, length).tolist()
+    scored = [position + 1 for start, end in spans for position in range(start, end)]
+    assert scored == list(range(1, len(tokens)))
+    for start, end in spans:
+        inside = range(start + 1, min(start + length, len(tokens) - 2) + 1)
+        documents = [i for i in inside if tokens[i] == EOT]
+        assert end == (documents[-1] if documents else min(start + length, len(tokens) - 1))
+
+
+def test_windows_of_a_worked_example():
+    tokens = np.array([9, 1, 9, 2, 2, 9, 3, 3, 3, 3, 3, 9])  # documents of 1, 2 and 5 tokens
+    assert train.windows(tokens, EOT, 4).tolist() == [[0, 2], [2, 5], [5, 9], [9, 11]]
+    assert train.windows(tokens, EOT, 6).tolist() == [[0, 5], [5, 11]]
+
+
+def all_rows(batches, n, size):
+    """The first n windows that training meets."""
+    rows = torch.cat([batches(i, "cpu")[0] for i in range(-(-n // size))])[:n]
+    return [tuple(row.tolist()) for row in rows]
+
+
+@given(st.integers(1, 7), st.integers(0, 5), st.integers(1, 9))
+def test_every_window_is_met_once_an_epoch(size, seed, length):
+    tokens = np.concatenate([[99], np.arange(40), [99]])  # no token twice: a window is known by it
+    batches = train.Batches(tokens, 99, length, size, seed)
+    n = len(train.windows(tokens, 99, length))
+    rows = all_rows(batches, 3 * n, size)
+    epochs = [sorted(rows[i : i + n]) for i in (0, n, 2 * n)]
+    assert epochs[0] == epochs[1] == epochs[2]
+    assert len(set(epochs[0])) == n
+    assert {token for row in epochs[0] for token in row} >= set(range(39))  # 39: only a target
+    assert n < 8 or rows[:n] != rows[n : 2 * n], "each epoch has an order of its own"
+
+
+@given(st.integers(0, 3), st.lists(st.integers(0, 60), min_size=1, max_size=6))
+def test_batch_i_depends_on_i_and_the_seed_alone(seed, calls):
+    tokens = np.concatenate([[99], np.arange(60), [99]])
+    used = train.Batches(tokens, 99, 5, 3, seed)
+    for i in calls:
+        inputs, targets = used(i, "cpu")
+        fresh_inputs, fresh_targets = train.Batches(tokens, 99, 5, 3, seed)(i, "cpu")
+        assert torch.equal(inputs, fresh_inputs) and torch.equal(targets, fresh_targets)
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    other = train.Batches(tokens, 99, 5, 3, seed + 1)
+    assert any(not torch.equal(used(i, "cpu")[0], other(i, "cpu")[0]) for i in range(4))
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------
+
+SETTINGS = train.TrainConfig(device="cpu", dtype="fp32")
+
+
+def naive_nats(model, ids, eot, length):
+    """Nats of each token but the first: one forward pass a token, logarithms in float64."""
+    nats, start = [], 0
+    while start < len(ids) - 1:
+        documents = [i for i in range(start + 1, start + length + 1) if i in eot[:-1]]
+        end = documents[-1] if documents else min(start + length, len(ids) - 1)
+        for position in range(start, end):
+            context = torch.from_numpy(ids[None, start : position + 1].astype(np.int64))
+            logits = model(context).logits[0, -1].double()
+            nats.append(-logits.log_softmax(-1)[int(ids[position + 1])].item())
+        start = end
+    return np.array(nats)
+
+
+@pytest.mark.parametrize("length", [4, 16])
+@torch.no_grad()
+def test_evaluation_equals_a_naive_loop_token_by_token(length):
+    documents = ["Once, été.", "😀", "a much longer document, cut into several windows", "b c"]
+    tokenizer = Tokenizer.train(documents, 275)
+    ids = train.encode(tokenizer, documents)
+    model = random_model(small_config(vocab_size=tokenizer.vocab_size, seq_len=length))
+    spans = train.windows(ids, tokenizer.eot, length)
+    nats = naive_nats(model, ids, np.flatnonzero(ids == tokenizer.eot).tolist(), length)
+    n_bytes = sum(len(document.encode()) + len("<|endoftext|>") for document in documents)
+    kinds = np.random.default_rng(0).integers(0, len(datasets.KINDS), n_bytes)
+
+    score = train.evaluate(model, ids, spans, tokenizer, SETTINGS, kinds)
+    assert score.loss == pytest.approx(nats.mean(), rel=1e-5)
+    assert score.bits_per_byte * n_bytes == pytest.approx(nats.sum() / math.log(2), rel=1e-5)
+
+    by_kind, last_byte = [0.0] * len(datasets.KINDS), -1
+    for token, cost in zip(ids[1:].tolist(), nats, strict=True):
+        last_byte += len(tokenizer.decode_bytes([token]))
+        by_kind[kinds[last_byte]] += cost / math.log(2)
+    assert score.bits_of_kind == pytest.approx(by_kind, rel=1e-5)
+    assert score.bits_of_kind.sum() == pytest.approx(score.bits_per_byte * n_bytes, rel=1e-9)
+    assert train.evaluate(model, ids, spans, tokenizer, SETTINGS).bits_of_kind is None
+
+
+def test_evaluation_leaves_the_model_as_it_was_and_repeats_itself():
+    ids = train.encode(BYTES, [make_text(100)])
+    spans = train.windows(ids, BYTES.eot, 16)
+    model = random_model(small_config(vocab_size=257)).train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    first, second = (train.evaluate(model, ids, spans, BYTES, SETTINGS) for _ in range(2))
+    assert first == second
+    assert model.training
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimizers, schedule, step
+# ---------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 300), st.floats(0, 1))
+def test_the_rate_rises_linearly_then_falls_linearly_to_zero(steps, warmup):
+    config = train.TrainConfig(steps=steps, warmup=warmup)
+    rise = max(1, round(warmup * steps))
+    shares = [train.schedule(step, config) for step in range(steps + 1)]
+    assert shares[:rise] == pytest.approx([(step + 1) / rise for step in range(rise)])
+    assert shares[-1] == 0 < min(shares[:-1])
+    if rise < steps:
+        fall = np.linspace(1, 0, steps - rise + 1)
+        assert shares[rise:] == pytest.approx(fall)
+
+
+@pytest.mark.parametrize("n_experts", [1, 4])
+def test_muon_gets_exactly_the_attention_matrices(n_experts):
+    model = lamoe.LaMoE(small_config(n_experts=n_experts, top_k=1, qk_norm=True))
+    muon, adamw = train.make_optimizers(model, train.TrainConfig(weight_decay=0.1))
+    names = {id(weight): name for name, weight in model.named_parameters()}
+
+    def names_of(optimizer, decayed):
+        groups = [g for g in optimizer.param_groups if (g["weight_decay"] > 0) == decayed]
+        return sorted(names[id(weight)] for group in groups for weight in group["params"])
+
+    expected = [f"blocks.{i}.attn.{m}_proj.weight" for i in (0, 1) for m in "kqov"]
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    assert names_of(muon, True) == sorted(expected)
+    assert names_of(muon, False) == []
+    assert names_of(adamw, False) == sorted(name for name in names.values() if "norm" in name)
+    all_names = [*names_of(muon, True), *names_of(adamw, True), *names_of(adamw, False)]
+    assert sorted(all_names) == sorted(names.values())
+
+
+def test_two_micro_steps_of_four_windows_equal_one_step_of_eight():
+    """Without the balance loss, which is not a mean over tokens but a product of two."""
+    flags = "--steps 4 --log_every 1 --balance_weight 0".split()
+    start("whole", *flags, "--batch_size", "8")
+    start("halves", *flags, "--batch_size", "4", "--grad_accum", "2")
+    for whole, halves in zip(log_of("whole"), log_of("halves"), strict=True):
+        assert whole["tokens"] == halves["tokens"]
+        for column in ("train_loss", "grad_norm", "val_loss"):
+            assert float(whole[column]) == pytest.approx(float(halves[column]), rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags, log, end
+# ---------------------------------------------------------------------------------------------
+
+
+def test_every_field_is_a_flag_and_nothing_else_is(capsys):
+    assert call(train, "--help") == 0
+    flags = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    fields = [f for cls in (train.TrainConfig, lamoe.Config) for f in dataclasses.fields(cls)]
+    expected = {"--help", "--resume"} | {f"--{field.name}" for field in fields}
+    expected |= {f"--no-{field.name}" for field in fields if field.type is bool}
+    assert flags == expected
+    assert len({field.name for field in fields}) == len(fields), "a name in both dataclasses"
+
+
+def test_flags_have_the_types_of_their_fields():
+    fields = [f for cls in (train.TrainConfig, lamoe.Config) for f in dataclasses.fields(cls)]
+    for field in fields:
+        if field.type is bool:
+            on, off = (vars(train.parse([f"--{no}{field.name}"])) for no in ("", "no-"))
+            assert (on[field.name], off[field.name]) == (True, False)
+        else:
+            value = vars(train.parse([f"--{field.name}", "3"]))[field.name]
+            kind = next(iter(typing.get_args(field.type)), field.type)  # int of int | None
+            assert value == kind(3) and type(value) is kind
+
+
+def test_presets_name_only_fields_and_an_explicit_flag_wins():
+    fields = {f.name for cls in (train.TrainConfig, lamoe.Config) for f in dataclasses.fields(cls)}
+    assert all(set(preset) <= fields for preset in train.PRESETS.values())
+    start("preset", "--steps", "1")
+    start("explicit", "--steps", "1", "--no-qk_norm", "--tie_embeddings")
+    preset, explicit = (lamoe.read(f"{run}/last.pt") for run in ("preset", "explicit"))
+    assert preset["config"]["qk_norm"] and not explicit["config"]["qk_norm"]
+    assert explicit["config"]["tie_embeddings"]
+    assert preset["train_config"]["preset"] == "laptop"
+
+
+def test_zero_steps_means_as_many_as_the_preset_says(monkeypatch):
+    monkeypatch.setitem(train.PRESETS["laptop"], "steps", 3)
+    assert start("run", "--steps", "0") == 0
+    assert lamoe.read("run/last.pt")["done"]["step"] == 3
+
+
+def test_the_log_has_its_columns_and_they_add_up():
+    start("run", *CADENCE, "--grad_accum", "2", "--lr", "0.01", "--warmup", "0.2")
+    assert Path("run/log.csv").read_text().splitlines()[0] == (
+        "step,tokens,train_loss,val_loss,val_bits_per_byte,lr,grad_norm,aux,load_max_over_mean,"
+        "dead_experts,dropped,tokens_per_s,seconds"
+    )
+    config = train.TrainConfig(steps=20, warmup=0.2)
+    for row in log_of("run"):
+        step = int(row["step"])
+        assert int(row["tokens"]) == step * 2 * 4 * 16
+        assert float(row["lr"]) == pytest.approx(0.01 * train.schedule(step - 1, config), rel=1e-5)
+        assert bool(row["val_loss"]) == bool(row["val_bits_per_byte"]) == (step % 4 == 0)
+        assert 1 <= float(row["load_max_over_mean"]) <= 3 / 2  # 3 experts, top 2
+        assert 0 <= int(row["dead_experts"]) <= 1 and float(row["dropped"]) == 0
+        assert float(row["tokens_per_s"]) > 0 and float(row["aux"]) > 0
+    seconds = [float(row["seconds"]) for row in log_of("run")]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+def test_a_dense_model_has_no_load_in_its_log():
+    start("run", "--steps", "2", "--n_experts", "1")
+    row = log_of("run")[-1]
+    assert (row["load_max_over_mean"], row["dead_experts"], float(row["aux"])) == ("", "", 0)
+
+
+@pytest.mark.parametrize("flags", ["", "--tie_embeddings", "--n_experts 1"])
+def test_the_first_loss_is_the_logarithm_of_the_vocabulary(flags, capsys):
+    start("run", "--steps", "1", "--log_every", "1", *flags.split())
+    tolerance = 0.1 if flags == "--tie_embeddings" else 1e-5
+    assert float(log_of("run")[0]["train_loss"]) == pytest.approx(math.log(257), rel=tolerance)
+    assert f"ln(257) = {math.log(257):.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["", "--dtype bf16", "--n_experts 1 --tie_embeddings"])
+def test_the_loss_goes_down(flags):
+    start("run", "--steps", "60", "--eval_every", "10", *flags.split())
+    bits = [float(row["val_bits_per_byte"]) for row in log_of("run") if row["val_loss"]]
+    uniform = math.log2(257)
+    assert bits[-1] < 0.7 * uniform and bits[-1] < bits[0]
+
+
+def test_two_runs_of_the_same_seed_are_equal_and_another_seed_is_not():
+    for run, seed in (("a", 0), ("b", 0), ("c", 1)):
+        start(run, "--steps", "3", "--seed", seed)
+    assert timeless(log_of("a")) == timeless(log_of("b"))
+    assert state_of("a/last.pt") == state_of("b/last.pt")
+    assert timeless(log_of("a")) != timeless(log_of("c"))
+
+
+def test_best_holds_the_best_evaluation_not_the_last():
+    scores = iter([3.0, 1.0, 2.0])
+    evaluate = train.evaluate
+
+    def scripted(model, *rest):
+        score = evaluate(model, *rest)
+        return score._replace(bits_per_byte=next(scores, score.bits_per_byte))
+
+    with mock.patch.object(train, "evaluate", scripted):
+        start("run", "--steps", "6", "--eval_every", "2")
+    best, last = lamoe.read("run/best.pt"), lamoe.read("run/last.pt")
+    assert best["done"]["step"] == best["done"]["best_step"] == last["done"]["best_step"] == 4
+    assert last["done"]["step"] == 6 and last["done"]["best"] == 1.0
+
+
+def is_finite(checkpoint):
+    state = lamoe.read(checkpoint)["model"]
+    return all(weight.isfinite().all() for weight in state.values())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(capsys):
+    forward, saved = lamoe.LaMoE.forward, {}
+
+    def failing(self, ids, targets=None, *args, **kwargs):
+        out = forward(self, ids, targets, *args, **kwargs)
+        if not self.training:
+            return out
+        failing.calls += 1
+        if failing.calls == 7:
+            saved["last"] = Path("run/last.pt").read_bytes()
+            return out._replace(loss=out.loss * math.inf)
+        return out
+
+    failing.calls = 0
+    with mock.patch.object(lamoe.LaMoE, "forward", failing):
+        assert start("run", *CADENCE) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "not finite" in message and "last.pt" in message and "--lr" in message
+    assert Path("run/last.pt").read_bytes() == saved["last"] and is_finite("run/last.pt")
+
+
+def test_a_validation_that_is_not_finite_stops_the_run_too(capsys):
+    """The loss of a step comes before its update: an evaluation is the first to meet the damage."""
+    evaluate, calls = train.evaluate, iter(range(100))
+
+    def failing(*arguments):
+        score = evaluate(*arguments)
+        return score._replace(loss=math.nan, bits_per_byte=math.nan) if next(calls) else score
+
+    with mock.patch.object(train, "evaluate", failing):
+        assert start("run", "--steps", "4", "--eval_every", "2") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "not finite" in message and "--lr" in message
+    assert lamoe.read("run/last.pt")["done"]["step"] == 2
+
+
+@pytest.mark.parametrize("flags", ["--eval_every 1", "--log_every 1 --eval_every 5"])
+def test_a_rate_beyond_reason_stops_the_run_with_a_remedy(flags, capsys):
+    assert start("run", "--lr", "1e30", "--steps", "10", *flags.split()) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "not finite" in message and "--lr" in message
+    for path in Path("run").glob("*.pt"):
+        assert is_finite(path)
+    assert ("last.pt holds" in message) == Path("run/last.pt").exists()
+
+
+def test_the_picture_is_drawn(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "matplotlib")
+    pytest.importorskip("matplotlib")
+    start("run", "--steps", "4", "--log_every", "1")
+    assert Path("run/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{Path('run/loss.png')}" in capsys.readouterr().out
+
+
+def test_without_matplotlib_a_line_says_how_to_get_the_picture(capsys):
+    assert start("run", "--steps", "2") == 0
+    assert re.search(r"picture .*pip install", capsys.readouterr().out)
+    assert not Path("run/loss.png").exists()
+
+
+def test_the_run_ends_with_score_sample_and_the_next_command(capsys):
+    assert start("run", "--steps", "2") == 0
+    printed = capsys.readouterr().out
+    for word in ("best ", "bits/byte", "sample ", "log.csv", "python sample.py"):
+        assert word in printed
+    assert "floor" not in printed
+
+
+def test_the_embedded_corpus_ends_with_its_floor_and_where_the_gap_is(
+    monkeypatch, tmp_path, capsys
+):
+    write = datasets.stories.write
+    small = {"train_bytes": 20_000, "val_bytes": 3_000}
+    monkeypatch.setattr(datasets, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.stories, "write", lambda folder: write(folder, **small))
+    assert call(train, *TINY, "--steps", "2", "--seq_len", "64") == 0
+    printed = capsys.readouterr().out
+    percent = r"(-?\d+\.\d+)"
+    pattern = rf"floor +\d\.\d+: {percent}% above it, of which choices {percent}, recall {percent}"
+    parts = re.search(rf"{pattern}, the rest {percent}", printed)
+    above, *kinds = map(float, parts.groups())
+    assert sum(kinds) == pytest.approx(above, abs=0.02)
+    assert (Path("runs/stories") / "best.pt").exists()
+
+
+def test_progress_is_written_for_a_terminal_only(monkeypatch, capsys):
+    start("run", "--steps", "3", "--log_every", "1")
+    assert "\r" not in capsys.readouterr().out
+
+
+def test_numbers_survive_the_checkpoint_to_the_last_digit():
+    """Else --resume with the same flags would be refused."""
+    given = {"lr": 0.1 + 0.2, "muon_lr": 1 / 3, "clip": 2 / 3, "seed": 2**53 + 1}
+    start("run", "--steps", "1", *(word for k, v in given.items() for word in (f"--{k}", v)))
+    saved = lamoe.read("run/last.pt")["train_config"]
+    assert {name: saved[name] for name in given} == given
