@@ -25,7 +25,7 @@ References
 A tensor's name ends in its shape, one letter a dimension:
   B batch   T time (new positions)   S cached positions, or sorted rows in the dispatch
   N = B*T tokens    D dim    H query heads    G key/value heads    K head dim
-  E experts    A active experts a token (= top_k; 1 in switch)    F hidden dim of one expert    V vocabulary
+  E experts    A active experts a token (top_k)    F hidden dim of one expert    V vocabulary
 """
 
 import dataclasses

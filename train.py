@@ -103,7 +103,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             if field.type is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:
-                options["type"] = int if field.type == int | None else field.type
+                options["type"] = (*typing.get_args(field.type), field.type)[
+                    0
+                ]  # of int | None: int
             group.add_argument(f"--{field.name}", **options)
     return parser.parse_args(arguments)
 
@@ -233,14 +235,21 @@ def schedule(step: int, config: TrainConfig) -> float:
 
 # --- 5. The log, the picture, the lock ------------------------------------------------------------
 
-COLUMNS = (
-    "step tokens train_loss val_loss val_bits_per_byte lr grad_norm aux load_max_over_mean "
-    "dead_experts dropped tokens_per_s seconds"
-).split()
+COLUMNS = [
+    "step",
+    "tokens",
+    "train_loss",
+    "val_loss",
+    "val_bits_per_byte",
+    "lr",
+    "grad_norm",
+    "aux",
+]
+COLUMNS += ["load_max_over_mean", "dead_experts", "dropped", "tokens_per_s", "seconds"]
 
 
 class Log:
-    """log.csv: one row a log step, flushed as it is written; rows after `step` are cut on resume."""
+    """log.csv: one row a log step, flushed at once; rows after `step` are cut on resume."""
 
     def __init__(self, path: Path, step: int):
         rows = []
@@ -384,7 +393,7 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None) -> Data:
     batches = Batches(train_ids, tokenizer.eot, length, settings.batch_size, settings.seed)
     say(
         f"tokens     {len(train_ids):,} of a vocabulary of {tokenizer.vocab_size:,} "
-        f"({n_bytes / len(train_ids):.2f} bytes each), in {len(batches.starts):,} windows of {length}"
+        f"({n_bytes / len(train_ids):.2f} bytes each); {len(batches.starts):,} windows of {length}"
     )
     floor = None
     if corpus.floor_bits is not None:
@@ -560,7 +569,7 @@ def train(given: dict, resume: bool) -> None:
         done["seconds"] += time.perf_counter() - started
         if not math.isfinite(row["train_loss"] + row["grad_norm"]):
             raise ValueError(
-                f"the loss is not finite at step {step}; {folder}/last.pt holds the last good state; "
+                f"the loss is not finite at step {step}; {folder}/last.pt is the last good state; "
                 f"start anew with a lower rate: --lr {settings.lr / 3:.1g} --muon_lr "
                 f"{settings.muon_lr / 3:.1g}"
             )
@@ -584,9 +593,8 @@ def train(given: dict, resume: bool) -> None:
 
     if done["step"] < settings.steps:
         save(folder / "last.pt", model, data, settings, done, optimizers, meter)
-        say(
-            f"\nstopped and saved at step {done['step']}; go on: python train.py --resume --out {folder}"
-        )
+        say(f"\nstopped and saved at step {done['step']}; go on:")
+        say(f"           python train.py --resume --out {folder}")
         sys.exit(130)
     close(folder, settings, data, done)
 
@@ -623,7 +631,7 @@ def restore(saved: dict, model, optimizers, meter: Meter) -> dict:
 
 
 def stop_on_ctrl_c() -> list:
-    """An empty list that Ctrl-C fills: the step in hand is finished and saved. Twice stops at once."""
+    """An empty list that Ctrl-C fills: the step in hand is finished, then saved. Twice: at once."""
     pressed = []
 
     def handler(number, frame):
@@ -654,9 +662,8 @@ def introduce(model, settings: TrainConfig, data: Data, folder: Path) -> None:
         f"{memory / 1e9 + 0.4:.1f} GB"
     )
     say(f"run        {folder}: log.csv, last.pt, best.pt; Ctrl-C saves, --resume goes on")
-    say(
-        f"           a model that knows nothing has loss ln({c.vocab_size}) = {math.log(c.vocab_size):.2f}"
-    )
+    know_nothing = math.log(c.vocab_size)
+    say(f"           a model that knows nothing has loss ln({c.vocab_size}) = {know_nothing:.2f}")
 
 
 def show(row: dict, settings: TrainConfig, floor: float | None) -> None:
@@ -687,9 +694,10 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
     if floor:
         gap = (score.bits_of_kind - data.corpus.floor_bits) / data.corpus.floor_bits.sum()
         rest, choice, recall = 100 * gap
+        above = 100 * (score.bits_per_byte / floor - 1)
         say(
-            f"floor      {floor:.4f}: {100 * (score.bits_per_byte / floor - 1):.2f}% above it, of which "
-            f"choices {choice:.2f}, recall {recall:.2f}, the rest {rest:.2f}"
+            f"floor      {floor:.4f}: {above:.2f}% above it, of which choices {choice:.2f}, "
+            f"recall {recall:.2f}, the rest {rest:.2f}"
         )
         mentions = np.count_nonzero(
             np.diff((kinds == datasets.KINDS.index("recall")).astype(int)) == 1

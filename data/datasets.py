@@ -1,6 +1,7 @@
 """Readers: a name, a file or a folder becomes documents to train on and documents to check with.
 
 corpus = read("stories")         # the embedded corpus, drawn on first use
+corpus = read("facts")           # another: an invented world to memorise
 corpus = read("book.txt")        # any UTF-8 text file
 corpus = read("my_folder")       # every .txt below it, one document each
 """
@@ -12,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import stories
+from data import facts, stories
 
 CACHE = Path(__file__).parent / "cache"  # generated text; git ignores it
 SEPARATOR = "<|endoftext|>"  # between documents: a line of its own in files, a token for the model
-KINDS = ("rest", "choice", "recall")  # what a byte of the embedded corpus is
+KINDS = ("rest", "choice", "recall")  # what a byte of a drawn corpus is
+DRAWN = {"stories": stories, "facts": facts}  # corpora we write ourselves, with an exact floor
 
 
 class Corpus(NamedTuple):
@@ -30,8 +32,8 @@ class Corpus(NamedTuple):
 
 def read(name: str) -> Corpus:
     """The corpus called `name`. ValueError names the cause and a remedy."""
-    if name == "stories":
-        return read_stories()
+    if name in DRAWN:
+        return read_drawn(name)
     path = Path(name)
     if path.is_dir():
         files = sorted(path.rglob("*.txt"))
@@ -48,7 +50,7 @@ def read(name: str) -> Corpus:
 def read_text(path: Path) -> str:
     content = path.read_bytes()
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8").removeprefix("\ufeff")  # a byte-order mark is no text
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text (byte {error.start} is 0x{content[error.start]:02x}); "
@@ -90,23 +92,24 @@ def split(name: str, documents: list[str]) -> Corpus:
         if train and val:
             how = f"{len(documents):,} documents, {len(val):,} of them for validation"
             return Corpus(name, train, val, how)
-    text = f"\n{SEPARATOR}\n".join(documents) if len(documents) > 1 else documents[0]
-    cut = int(0.9 * len(text))
-    return Corpus(
-        name, [text[:cut]], [text[cut:]], f"{size:,} characters, the last 10% to validate"
-    )
+    left, train, val = int(0.9 * size), [], []
+    for document in documents:
+        train += [document[:left]] if left > 0 else []
+        val += [document[left:]] if len(document) > left else []
+        left = max(0, left - len(document))
+    return Corpus(name, train, val, f"{size:,} characters, the last 10% for validation")
 
 
-def read_stories() -> Corpus:
-    """The embedded corpus with its exact floor, and what each byte of the validation text is."""
-    paths = stories.write(CACHE)
+def read_drawn(name: str) -> Corpus:
+    """A drawn corpus with its exact floor, and what each byte of the validation text is."""
+    paths = DRAWN[name].write(CACHE)
     train, val = (split_documents(path.read_text()) for path in (paths.train, paths.val))
     kinds, bits = [], np.zeros(len(KINDS))
     for document, (_, _, spans) in zip(val, json.loads(paths.floor.read_text()), strict=True):
         kind = np.full(len(document) + len(SEPARATOR), KINDS.index("rest"), np.uint8)
-        for start, end, name, cost in spans:
-            kind[start:end] = KINDS.index(name)
-            bits[KINDS.index(name)] += cost
+        for start, end, of, cost in spans:
+            kind[start:end] = KINDS.index(of)
+            bits[KINDS.index(of)] += cost
         kinds.append(kind)
-    how = f"{len(train):,} documents drawn from the grammar, {len(val):,} others for validation"
-    return Corpus("stories", train, val, how, np.concatenate(kinds), bits)
+    how = f"{len(train):,} documents drawn by data/{name}.py, {len(val):,} others for validation"
+    return Corpus(name, train, val, how, np.concatenate(kinds), bits)

@@ -385,7 +385,13 @@ def document(index, seed=0, split="train"):
     >>> math.isclose(story.bits, sum(span.bits for span in story.spans))
     True
     """
-    pieces = _pieces(index, seed, split)
+    text, bits, spans = assemble(_pieces(index, seed, split))
+    genre = next(name for opening, name in OPENINGS.items() if text.startswith(opening))
+    return Document(text, genre, bits, spans)
+
+
+def assemble(pieces):
+    """The text of (text, kind, bits) pieces, its bits, and the spans that cover it."""
     spans, text, pending = [], "", 0.0
     for piece, kind, bits in pieces:
         pending += bits
@@ -398,8 +404,7 @@ def document(index, seed=0, split="train"):
             spans.append(Span(start, len(text), "choice" if pending else kind, pending))
             pending = 0.0
     spans = [span for span in spans if span.end > span.start or span.bits]
-    genre = next(name for opening, name in OPENINGS.items() if text.startswith(opening))
-    return Document(text, genre, math.fsum(bits for _, _, bits in pieces), spans)
+    return text, math.fsum(bits for _, _, bits in pieces), spans
 
 
 def _chunk(start, seed, split):
@@ -433,15 +438,22 @@ class Paths(NamedTuple):
 
 def write(folder, train_bytes=16_000_000, val_bytes=400_000, seed=0, workers=1):
     """Paths of the corpus, drawn now unless an earlier call with the same arguments did it."""
-    key = repr((Path(__file__).read_bytes(), train_bytes, val_bytes, seed))  # any edit: new files
-    stem = "stories-" + hashlib.sha256(key.encode()).hexdigest()[:12]
-    paths = Paths(*(Path(folder) / f"{stem}-{name}" for name in FILES))
+    key = (Path(__file__).read_bytes(), train_bytes, val_bytes, seed)  # any edit: new files
+    sizes, val = (train_bytes, val_bytes), partial(document, seed=seed, split="val")
+    return save(folder, "stories", key, sizes, lambda: texts(seed, "train", workers), val)
+
+
+def save(folder, name, key, sizes, train, val):
+    """Paths of a key's files, drawn where missing: train() yields texts, val(index) a Document."""
+    train_bytes, val_bytes = sizes
+    stem = f"{name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
+    paths = Paths(*(Path(folder) / f"{stem}-{file}" for file in FILES))
     Path(folder).mkdir(parents=True, exist_ok=True)
     if not paths.train.exists():
-        _write(paths.train, _until(train_bytes, texts(seed, "train", workers)))
+        _write(paths.train, _until(train_bytes, train()))
     if not paths.val.exists() or not paths.floor.exists():
-        size = len(list(_until(val_bytes, texts(seed, "val"))))
-        documents = [document(index, seed, "val") for index in range(size)]
+        size = len(list(_until(val_bytes, (val(index).text for index in itertools.count()))))
+        documents = [val(index) for index in range(size)]
         _write(paths.val, (text + END for text, *_ in documents))
         _write(paths.floor, [json.dumps([document[1:] for document in documents])])
     return paths

@@ -1,4 +1,4 @@
-"""A run is its flags and its seed: interrupted, resumed or repeated, it ends in the same numbers."""
+"""A run is its flags and its seed: stopped, resumed or repeated, it ends in the same numbers."""
 
 import csv
 import dataclasses
@@ -28,7 +28,7 @@ from bpe import Tokenizer
 from data import datasets
 
 ROOT = Path(train.__file__).parent
-CADENCE = "--steps 20 --log_every 3 --eval_every 4 --save_every 5".split()
+CADENCE = "--steps 20 --log_every 3 --eval_every 4 --save_every 5"
 BYTES = Tokenizer([])
 
 
@@ -41,12 +41,16 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+def words(flags):
+    return [word for flag in flags for word in str(flag).split()]
+
+
 def start(out, *flags):
-    return call(train, "--data", "text.txt", "--out", out, *TINY, *flags)
+    return call(train, "--data", "text.txt", "--out", out, *TINY, *words(flags))
 
 
 def resume(out, *flags):
-    return call(train, "--resume", "--out", out, *flags)
+    return call(train, "--resume", "--out", out, *words(flags))
 
 
 def log_of(run):
@@ -95,11 +99,10 @@ def state_of(checkpoint):
     ],
 )
 def test_resume_is_bit_exact(stop, flags):
-    flags = [*CADENCE, *flags.split()]
     micro_steps = 2 if "--grad_accum" in flags else 1
-    assert start("straight", *flags) == 0
+    assert start("straight", CADENCE, flags) == 0
     with at_training_step(stop * micro_steps, press_ctrl_c):
-        assert start("resumed", *flags) == 130
+        assert start("resumed", CADENCE, flags) == 130
     assert lamoe.read("resumed/last.pt")["done"]["step"] == stop
     torch.manual_seed(12345)  # as in a new process, nothing is left of the old generator
     assert resume("resumed") == 0
@@ -117,14 +120,14 @@ def test_resume_is_bit_exact(stop, flags):
 
 def test_a_killed_run_resumes_from_its_last_save_without_gaps_or_doubles():
     """The log is ahead of last.pt then: its rows after the save are cut and written again."""
-    assert start("straight", *CADENCE) == 0
+    assert start("straight", CADENCE) == 0
 
     def press_twice():
         press_ctrl_c()
         press_ctrl_c()
 
     with at_training_step(9, press_twice):
-        assert start("killed", *CADENCE) == 130
+        assert start("killed", CADENCE) == 130
     assert lamoe.read("killed/last.pt")["done"]["step"] == 5
     assert int(log_of("killed")[-1]["step"]) == 8
     assert resume("killed") == 0
@@ -133,9 +136,9 @@ def test_a_killed_run_resumes_from_its_last_save_without_gaps_or_doubles():
 
 
 def test_a_torn_last_line_of_the_log_is_dropped_on_resume():
-    assert start("straight", *CADENCE) == 0
+    assert start("straight", CADENCE) == 0
     with at_training_step(13, press_ctrl_c):
-        start("torn", *CADENCE)
+        start("torn", CADENCE)
     with open("torn/log.csv", "a", newline="") as file:
         file.write("1")  # of 15,...: the disk was full
     assert resume("torn") == 0
@@ -144,7 +147,7 @@ def test_a_torn_last_line_of_the_log_is_dropped_on_resume():
 
 def test_ctrl_c_saves_and_names_the_command_that_goes_on(capsys):
     with at_training_step(7, press_ctrl_c):
-        assert start("run", *CADENCE) == 130
+        assert start("run", CADENCE) == 130
     printed = capsys.readouterr()
     assert printed.err == ""
     assert "saved at step 7" in printed.out
@@ -158,7 +161,7 @@ def test_ctrl_c_before_the_first_step_stops_without_a_traceback(capsys):
 
 
 def test_resume_of_a_finished_run_says_so_and_changes_nothing(capsys):
-    start("run", "--steps", "3")
+    start("run", "--steps 3")
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     capsys.readouterr()
     assert resume("run") == 0
@@ -194,12 +197,12 @@ def leave_only_the_model(path):
     ids=lambda f: f.__name__,
 )
 def test_resume_without_a_usable_checkpoint_starts_over_and_keeps_the_old_files(damage, capsys):
-    start("straight", "--steps", "4")
-    start("run", "--steps", "4")
+    start("straight", "--steps 4")
+    start("run", "--steps 4")
     damage(Path("run/last.pt"))
     before = {path.name: path.read_bytes() for path in Path("run").iterdir() if path.suffix}
     capsys.readouterr()
-    assert resume("run", "--data", "text.txt", *TINY, "--steps", "4") == 0
+    assert resume("run", "--data text.txt", *TINY, "--steps 4") == 0
     assert "starting over" in capsys.readouterr().out
     for name, content in before.items():
         assert (Path("run") / f"{name}.old").read_bytes() == content
@@ -207,18 +210,18 @@ def test_resume_without_a_usable_checkpoint_starts_over_and_keeps_the_old_files(
 
 
 def test_starting_over_twice_keeps_the_first_old_files_too():
-    start("run", "--steps", "2")
+    start("run", "--steps 2")
     first = Path("run/best.pt").read_bytes()
     for _ in range(2):
         remove(Path("run/last.pt"))
-        resume("run", "--data", "text.txt", *TINY, "--steps", "2", "--seed", "1")
+        resume("run", "--data text.txt", *TINY, "--steps 2", "--seed", "1")
     assert first in [path.read_bytes() for path in Path("run").iterdir()]
 
 
 def test_resume_without_out_takes_the_newest_run(capsys):
     for i, name in enumerate(("runs/b", "runs/c", "runs/a")):
         with at_training_step(1, press_ctrl_c):
-            start(name, "--steps", "2")
+            start(name, "--steps 2")
         os.utime(f"{name}/log.csv", (1e9 + i, 1e9 + i))
     capsys.readouterr()
     assert call(train, "--resume") == 0
@@ -227,24 +230,24 @@ def test_resume_without_out_takes_the_newest_run(capsys):
 
 def test_resume_refuses_another_flag_and_takes_the_same_one(capsys):
     with at_training_step(2, press_ctrl_c):
-        start("run", "--steps", "4", "--lr", "0.01")
+        start("run", "--steps 4", "--lr 0.01")
     before = Path("run/last.pt").read_bytes()
     capsys.readouterr()
     for flags in ("--lr 0.02", "--dim 32", "--steps 5", "--seed 1", "--n_experts 2"):
-        assert resume("run", *flags.split()) == 2
+        assert resume("run", flags) == 2
         message = capsys.readouterr().err
         assert flags in message and message.count("\n") == 1
     assert Path("run/last.pt").read_bytes() == before
-    assert resume("run", "--data", "text.txt", *TINY, "--steps", "4", "--lr", "0.01") == 0
+    assert resume("run", "--data text.txt", *TINY, "--steps 4", "--lr 0.01") == 0
 
 
 def test_the_same_command_with_resume_is_accepted_though_it_left_things_to_the_program():
     """auto, 0 and a vocabulary the text could not fill: what was settled is not a difference."""
     Path("text.txt").write_text("abc " * 400)
-    flags = "--dtype auto --device auto --eval_every 0 --tokenizer bpe --vocab_size 400".split()
+    flags = "--dtype auto --device auto --eval_every 0 --tokenizer bpe --vocab_size 400"
     with at_training_step(2, press_ctrl_c):
-        assert start("run", "--steps", "4", *flags) == 130
-    assert resume("run", "--data", "text.txt", *TINY, "--steps", "4", *flags) == 0
+        assert start("run", "--steps 4", flags) == 130
+    assert resume("run", "--data text.txt", *TINY, "--steps 4", flags) == 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -262,12 +265,12 @@ def test_the_default_folder_is_never_one_that_exists():
 
 @pytest.mark.parametrize("left", ["log.csv", "last.pt", "best.pt"])
 def test_a_folder_that_holds_any_file_of_a_run_is_refused(left, capsys):
-    start("run", "--steps", "1")
+    start("run", "--steps 1")
     for path in Path("run").iterdir():
         if path.name != left:
             path.unlink()
     before = (Path("run") / left).read_bytes()
-    assert start("run", "--steps", "1") == 2
+    assert start("run", "--steps 1") == 2
     message = capsys.readouterr().err
     assert "run already holds a run" in message and "--resume" in message and "--out" in message
     assert (Path("run") / left).read_bytes() == before
@@ -275,10 +278,10 @@ def test_a_folder_that_holds_any_file_of_a_run_is_refused(left, capsys):
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
 def test_a_run_is_locked_against_a_second_and_the_lock_dies_with_its_process(capsys):
+    forever = words(["--steps 1000000 --log_every 1 --eval_every 1000000 --save_every 1000000"])
     command = [sys.executable, ROOT / "train.py", "--data", "text.txt", "--out", "run", *TINY]
-    settings = "--steps 1000000 --log_every 1 --eval_every 1000000 --save_every 1000000".split()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen([*command, *settings], stdout=subprocess.DEVNULL, env=environment)
+    first = subprocess.Popen([*command, *forever], stdout=subprocess.DEVNULL, env=environment)
     try:
         deadline = time.monotonic() + 60
         while not (Path("run/log.csv").exists() and len(log_of("run")) > 2):
@@ -290,7 +293,7 @@ def test_a_run_is_locked_against_a_second_and_the_lock_dies_with_its_process(cap
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
-    assert resume("run", "--data", "text.txt", *TINY, "--steps", "2") == 0
+    assert resume("run", "--data text.txt", *TINY, "--steps 2") == 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -448,9 +451,9 @@ def test_muon_gets_exactly_the_attention_matrices(n_experts):
 
 def test_two_micro_steps_of_four_windows_equal_one_step_of_eight():
     """Without the balance loss, which is not a mean over tokens but a product of two."""
-    flags = "--steps 4 --log_every 1 --balance_weight 0".split()
-    start("whole", *flags, "--batch_size", "8")
-    start("halves", *flags, "--batch_size", "4", "--grad_accum", "2")
+    flags = "--steps 4 --log_every 1 --balance_weight 0"
+    start("whole", flags, "--batch_size 8")
+    start("halves", flags, "--batch_size 4 --grad_accum 2")
     for whole, halves in zip(log_of("whole"), log_of("halves"), strict=True):
         assert whole["tokens"] == halves["tokens"]
         for column in ("train_loss", "grad_norm", "val_loss"):
@@ -487,8 +490,8 @@ def test_flags_have_the_types_of_their_fields():
 def test_presets_name_only_fields_and_an_explicit_flag_wins():
     fields = {f.name for cls in (train.TrainConfig, lamoe.Config) for f in dataclasses.fields(cls)}
     assert all(set(preset) <= fields for preset in train.PRESETS.values())
-    start("preset", "--steps", "1")
-    start("explicit", "--steps", "1", "--no-qk_norm", "--tie_embeddings")
+    start("preset", "--steps 1")
+    start("explicit", "--steps 1", "--no-qk_norm", "--tie_embeddings")
     preset, explicit = (lamoe.read(f"{run}/last.pt") for run in ("preset", "explicit"))
     assert preset["config"]["qk_norm"] and not explicit["config"]["qk_norm"]
     assert explicit["config"]["tie_embeddings"]
@@ -497,12 +500,12 @@ def test_presets_name_only_fields_and_an_explicit_flag_wins():
 
 def test_zero_steps_means_as_many_as_the_preset_says(monkeypatch):
     monkeypatch.setitem(train.PRESETS["laptop"], "steps", 3)
-    assert start("run", "--steps", "0") == 0
+    assert start("run", "--steps 0") == 0
     assert lamoe.read("run/last.pt")["done"]["step"] == 3
 
 
 def test_the_log_has_its_columns_and_they_add_up():
-    start("run", *CADENCE, "--grad_accum", "2", "--lr", "0.01", "--warmup", "0.2")
+    start("run", CADENCE, "--grad_accum 2", "--lr 0.01", "--warmup 0.2")
     assert Path("run/log.csv").read_text().splitlines()[0] == (
         "step,tokens,train_loss,val_loss,val_bits_per_byte,lr,grad_norm,aux,load_max_over_mean,"
         "dead_experts,dropped,tokens_per_s,seconds"
@@ -521,14 +524,14 @@ def test_the_log_has_its_columns_and_they_add_up():
 
 
 def test_a_dense_model_has_no_load_in_its_log():
-    start("run", "--steps", "2", "--n_experts", "1")
+    start("run", "--steps 2", "--n_experts 1")
     row = log_of("run")[-1]
     assert (row["load_max_over_mean"], row["dead_experts"], float(row["aux"])) == ("", "", 0)
 
 
 @pytest.mark.parametrize("flags", ["", "--tie_embeddings", "--n_experts 1"])
 def test_the_first_loss_is_the_logarithm_of_the_vocabulary(flags, capsys):
-    start("run", "--steps", "1", "--log_every", "1", *flags.split())
+    start("run", "--steps 1", "--log_every 1", flags)
     tolerance = 0.1 if flags == "--tie_embeddings" else 1e-5
     assert float(log_of("run")[0]["train_loss"]) == pytest.approx(math.log(257), rel=tolerance)
     assert f"ln(257) = {math.log(257):.2f}" in capsys.readouterr().out
@@ -536,7 +539,7 @@ def test_the_first_loss_is_the_logarithm_of_the_vocabulary(flags, capsys):
 
 @pytest.mark.parametrize("flags", ["", "--dtype bf16", "--n_experts 1 --tie_embeddings"])
 def test_the_loss_goes_down(flags):
-    start("run", "--steps", "60", "--eval_every", "10", *flags.split())
+    start("run", "--steps 60", "--eval_every 10", flags)
     bits = [float(row["val_bits_per_byte"]) for row in log_of("run") if row["val_loss"]]
     uniform = math.log2(257)
     assert bits[-1] < 0.7 * uniform and bits[-1] < bits[0]
@@ -544,7 +547,7 @@ def test_the_loss_goes_down(flags):
 
 def test_two_runs_of_the_same_seed_are_equal_and_another_seed_is_not():
     for run, seed in (("a", 0), ("b", 0), ("c", 1)):
-        start(run, "--steps", "3", "--seed", seed)
+        start(run, "--steps 3", "--seed", seed)
     assert timeless(log_of("a")) == timeless(log_of("b"))
     assert state_of("a/last.pt") == state_of("b/last.pt")
     assert timeless(log_of("a")) != timeless(log_of("c"))
@@ -559,7 +562,7 @@ def test_best_holds_the_best_evaluation_not_the_last():
         return score._replace(bits_per_byte=next(scores, score.bits_per_byte))
 
     with mock.patch.object(train, "evaluate", scripted):
-        start("run", "--steps", "6", "--eval_every", "2")
+        start("run", "--steps 6", "--eval_every 2")
     best, last = lamoe.read("run/best.pt"), lamoe.read("run/last.pt")
     assert best["done"]["step"] == best["done"]["best_step"] == last["done"]["best_step"] == 4
     assert last["done"]["step"] == 6 and last["done"]["best"] == 1.0
@@ -585,7 +588,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(
 
     failing.calls = 0
     with mock.patch.object(lamoe.LaMoE, "forward", failing):
-        assert start("run", *CADENCE) == 2
+        assert start("run", CADENCE) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "not finite" in message and "last.pt" in message and "--lr" in message
@@ -601,7 +604,7 @@ def test_a_validation_that_is_not_finite_stops_the_run_too(capsys):
         return score._replace(loss=math.nan, bits_per_byte=math.nan) if next(calls) else score
 
     with mock.patch.object(train, "evaluate", failing):
-        assert start("run", "--steps", "4", "--eval_every", "2") == 2
+        assert start("run", "--steps 4", "--eval_every 2") == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "not finite" in message and "--lr" in message
     assert lamoe.read("run/last.pt")["done"]["step"] == 2
@@ -609,7 +612,7 @@ def test_a_validation_that_is_not_finite_stops_the_run_too(capsys):
 
 @pytest.mark.parametrize("flags", ["--eval_every 1", "--log_every 1 --eval_every 5"])
 def test_a_rate_beyond_reason_stops_the_run_with_a_remedy(flags, capsys):
-    assert start("run", "--lr", "1e30", "--steps", "10", *flags.split()) == 2
+    assert start("run", "--lr 1e30", "--steps 10", flags) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "not finite" in message and "--lr" in message
     for path in Path("run").glob("*.pt"):
@@ -620,19 +623,19 @@ def test_a_rate_beyond_reason_stops_the_run_with_a_remedy(flags, capsys):
 def test_the_picture_is_drawn(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "matplotlib")
     pytest.importorskip("matplotlib")
-    start("run", "--steps", "4", "--log_every", "1")
+    start("run", "--steps 4", "--log_every 1")
     assert Path("run/loss.png").read_bytes().startswith(b"\x89PNG")
     assert f"{Path('run/loss.png')}" in capsys.readouterr().out
 
 
 def test_without_matplotlib_a_line_says_how_to_get_the_picture(capsys):
-    assert start("run", "--steps", "2") == 0
+    assert start("run", "--steps 2") == 0
     assert re.search(r"picture .*pip install", capsys.readouterr().out)
     assert not Path("run/loss.png").exists()
 
 
 def test_the_run_ends_with_score_sample_and_the_next_command(capsys):
-    assert start("run", "--steps", "2") == 0
+    assert start("run", "--steps 2") == 0
     printed = capsys.readouterr().out
     for word in ("best ", "bits/byte", "sample ", "log.csv", "python sample.py"):
         assert word in printed
@@ -657,13 +660,13 @@ def test_the_embedded_corpus_ends_with_its_floor_and_where_the_gap_is(
 
 
 def test_progress_is_written_for_a_terminal_only(monkeypatch, capsys):
-    start("run", "--steps", "3", "--log_every", "1")
+    start("run", "--steps 3", "--log_every 1")
     assert "\r" not in capsys.readouterr().out
 
 
 def test_numbers_survive_the_checkpoint_to_the_last_digit():
     """Else --resume with the same flags would be refused."""
     given = {"lr": 0.1 + 0.2, "muon_lr": 1 / 3, "clip": 2 / 3, "seed": 2**53 + 1}
-    start("run", "--steps", "1", *(word for k, v in given.items() for word in (f"--{k}", v)))
+    start("run", "--steps 1", *(word for k, v in given.items() for word in (f"--{k}", v)))
     saved = lamoe.read("run/last.pt")["train_config"]
     assert {name: saved[name] for name in given} == given

@@ -11,7 +11,7 @@ import lamoe
 
 SHAPE = "--dim 16 --n_layers 1 --n_heads 2 --n_kv_heads 1 --hidden_dim 8 --n_experts 3 --top_k 2"
 TINY = f"{SHAPE} --seq_len 16 --batch_size 4 --tokenizer bytes --dtype fp32 --device cpu".split()
-WORDS = "the a red old cat dog bird saw ate met 7 été 😀 , . \n".split(" ")
+WORDS = ["the", "a", "red", "old", "cat", "dog", "bird", "saw", "ate", "7", "été", "😀", ".", "\n"]
 
 
 def make_text(n_words=900, seed=0):
