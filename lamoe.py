@@ -80,6 +80,8 @@ class Config:
                 raise ValueError(f"{field.name}={value} must be at least {least}")
             if field.type in (float, float | None) and value is not None and not 0 <= value < 1e30:
                 raise ValueError(f"{field.name}={value} must be a number from 0 on")
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta} must be above 0; try 10000")
         if self.head_dim is None and self.dim % (2 * self.n_heads):
             step = 2 * self.n_heads  # each head of an even width, for RoPE turns pairs
             near = max(step, self.dim // step * step)
@@ -881,6 +883,15 @@ def read(path: str | os.PathLike) -> dict:
     return checkpoint
 
 
+def pick_device(name: str) -> str:
+    """`auto`: the best there is; any other name: itself, if it is there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = [device for device, is_there in there.items() if is_there] + ["cpu"]
+    if name != "auto" and name not in available:
+        raise ValueError(f"device {name!r} is not available here; try --device {available[0]}")
+    return available[0] if name == "auto" else name
+
+
 def load(path: str | os.PathLike, device: str = "cpu"):
     """(model in evaluation mode, tokenizer or None) from a checkpoint file."""
     import bpe
@@ -893,7 +904,10 @@ def load(path: str | os.PathLike, device: str = "cpu"):
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit this version of LaMoE: {reason}") from None
     state = checkpoint.get("tokenizer")
-    tokenizer = bpe.Tokenizer.from_state(state) if state else None
+    try:
+        tokenizer = bpe.Tokenizer.from_state(state) if state else None
+    except ValueError as error:
+        raise ValueError(f"{path}: its tokenizer is unusable: {error}; train again") from None
     if tokenizer and tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, "

@@ -25,51 +25,37 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             self.exit(2, f"error: {message}; see python sample.py --help\n")
 
     parser = OneLine("sample.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    count = number(int, lambda n: n > 0, "above 0")
+    share = number(float, lambda p: 0 < p <= 1, "above 0 and at most 1")
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue; without it, a conversation")
     add("--model", metavar="PATH", help="a checkpoint; default: best.pt of the newest run")
-    add("--max_new_tokens", type=positive(int), default=200)
-    add("--temperature", type=non_negative, default=0.8, help="0: always the likeliest token")
-    add("--top_k", type=positive(int), help="draw from the k likeliest tokens")
+    add("--max_new_tokens", type=count, default=200)
+    add("--temperature", type=number(float, lambda t: t >= 0, "0 or more"), default=0.8)
+    add("--top_k", type=count, help="draw from the k likeliest tokens")
     add("--top_p", type=share, help="draw from the fewest tokens that together reach this share")
-    add(
-        "--min_p",
-        type=share,
-        default=0.02,
-        help="leave out what is less likely than this times the best",
-    )
-    add(
-        "--repetition_penalty",
-        type=positive(float),
-        default=1.0,
-        help="above 1: avoid what was said",
-    )
+    add("--min_p", type=number(float, lambda p: 0 <= p <= 1, "from 0 to 1"), default=0.02)
+    add("--repetition_penalty", type=number(float, lambda r: r > 0, "above 0"), default=1.0)
     add("--stop", metavar="TEXT", help="end where this text appears, besides <|endoftext|>")
-    add("--seed", type=int, help="default: another every time")
-    add("-n", type=positive(int), default=1, help="how many continuations")
-    add("--device", default="cpu", choices=["cpu", "cuda", "mps"])
+    add("--seed", type=number(int, lambda s: 0 <= s < 2**63, "from 0 to 2^63 - 1"))
+    add("-n", type=count, default=1, help="how many continuations")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     return parser.parse_args(arguments)
 
 
-def positive(kind):
-    def check(text):
-        if not (value := kind(text)) > 0:
-            raise argparse.ArgumentTypeError(f"{text} must be above 0")
+def number(kind, fits, must: str):
+    """An argparse type: a number of this kind that fits, or a line that says what it must be."""
+
+    def check(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {must}")
         return value
 
     return check
-
-
-def non_negative(text: str) -> float:
-    if not (value := float(text)) >= 0:
-        raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
-    return value
-
-
-def share(text: str) -> float:
-    if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
-    return value
 
 
 def newest_model() -> Path:
@@ -119,7 +105,7 @@ def stream(model, tokenizer, prompt: str, args, generator: torch.Generator):
     else:
         if len(ids) + n >= model.config.seq_len:
             held += f" [the context of {model.config.seq_len} tokens is full]"
-    yield held + decoder.decode(b"", final=True), n
+    yield held, n
 
 
 def answer(model, tokenizer, prompt: str, args, generator: torch.Generator) -> None:
@@ -149,8 +135,13 @@ def converse(model, tokenizer, args, generator: torch.Generator) -> None:
 
 def main() -> None:
     args = parse()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a character the terminal can't show
     try:
-        model, tokenizer = lamoe.load(args.model or newest_model(), args.device)
+        args.device, path = lamoe.pick_device(args.device), args.model or newest_model()
+        model, tokenizer = lamoe.load(path, args.device)
+        if tokenizer is None:
+            raise ValueError(f"{path} has no tokenizer; make a model with one: python train.py")
         generator = torch.Generator(args.device)
         generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
         if args.prompt is None:

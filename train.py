@@ -20,6 +20,7 @@ References
 import argparse
 import csv
 import dataclasses
+import itertools
 import math
 import os
 import signal
@@ -54,7 +55,7 @@ class TrainConfig:
     tokenizer: str = "bpe"  # bpe (trained on the data) or bytes
     dtype: str = "auto"  # of matrix products: bf16 or fp32; auto: bf16 where it is faster
     seed: int = 0  # of weights and of the order of batches
-    steps: int = 600  # optimizer steps
+    steps: int = 600  # optimizer steps; 0: by preset
     batch_size: int = 16  # windows a micro-step
     grad_accum: int = 1  # micro-steps an optimizer step
     lr: float = 4e-3  # of AdamW, at its highest
@@ -67,15 +68,17 @@ class TrainConfig:
     log_every: int = 10  # steps
 
     def __post_init__(self):
-        for name, least in (("batch_size", 1), ("grad_accum", 1), ("log_every", 1), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        for name in ("lr", "muon_lr", "weight_decay", "warmup", "clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be a number from 0 on")
+        whole, inf = {"eval_every": 0, "save_every": 0, "seed": 0}, math.inf
+        whole |= dict.fromkeys(("steps", "batch_size", "grad_accum", "log_every"), 1)
+        ranges = {name: (least, 2**63 - 1) for name, least in whole.items()}
+        ranges |= {"lr": (0, inf), "muon_lr": (0, inf), "weight_decay": (0, inf)}
+        ranges |= {"warmup": (0, 1), "clip": (1e-12, inf)}
+        for name, (least, most) in ranges.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} must be from {least} to {most}")
         for name, known in (("tokenizer", ("bpe", "bytes")), ("dtype", ("auto", "bf16", "fp32"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; try {known[0]}")
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; try one of {known}")
         self.eval_every = self.eval_every or max(1, self.steps // 10)
         self.save_every = self.save_every or self.eval_every
 
@@ -255,7 +258,8 @@ class Log:
         rows = []
         if step and path.exists():
             with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"] or step + 1) <= step]
+                whole = [row for row in csv.DictReader(file) if row["seconds"]]  # not a torn line
+                rows = [row for row in whole if int(row["step"]) <= step]
         temporary = path.with_suffix(".tmp")
         with open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
@@ -324,14 +328,6 @@ def lock(folder: Path):
 
 
 # --- 6. Setting up: device, dtype, sizes, data ----------------------------------------------------
-
-
-def pick_device(name: str) -> str:
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    available = [device for device, is_there in there.items() if is_there] + ["cpu"]
-    if name != "auto" and name not in available:
-        raise ValueError(f"device {name!r} is not available here; try --device {available[0]}")
-    return available[0] if name == "auto" else name
 
 
 def pick_dtype(name: str, device: str) -> str:
@@ -405,63 +401,100 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None) -> Data:
 def settle(given: dict, saved: dict | None) -> tuple[TrainConfig, dict]:
     """Settings, and the fields of lamoe.Config that are already known."""
     if saved:
-        settings = TrainConfig(**saved["train_config"])
+        settled = {**saved["config"], **saved["train_config"], **saved["given"]}
         for name, value in given.items():
-            kept = {**saved["config"], **saved["train_config"]}[name]
-            if name not in ("out", "device") and value != kept:
+            if name not in ("out", "device") and value != settled[name]:
                 raise ValueError(
-                    f"--{name} {value} differs from the run's {kept}; leave it out to resume, "
-                    f"or start a new run with another --out"
+                    f"--{name} {value} differs from the run's {settled[name]}; leave it out to "
+                    f"resume, or start a new run with another --out"
                 )
-        settings.device = pick_device(given.get("device", settings.device))
+        settings = TrainConfig(**saved["train_config"])
+        settings.device = lamoe.pick_device(given.get("device", settings.device))
         return settings, saved["config"]
-    device = pick_device(given.get("device", "auto"))
+    device = lamoe.pick_device(given.get("device", "auto"))
     preset = given.get("preset") or ("gpu" if device == "cuda" else "laptop")
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is unknown; try one of {sorted(PRESETS)}")
-    settings = fill(TrainConfig, {**given, "device": device, "preset": preset}, PRESETS[preset])
+    known = {**PRESETS[preset], **{k: v for k, v in given.items() if (k, v) != ("steps", 0)}}
+    settings = fill(TrainConfig, {**known, "device": device, "preset": preset})
     settings.dtype = pick_dtype(settings.dtype, device)
     fields = {f.name for f in dataclasses.fields(lamoe.Config)}
-    known = {**PRESETS[preset], **given}
     return settings, {name: value for name, value in known.items() if name in fields}
 
 
-def open_run(given: dict, resume: bool) -> tuple[Path, dict | None]:
-    """The run's folder, and the checkpoint to go on from. A new run never gets a used folder."""
-    if not resume:
-        name = Path(given.get("data", "stories")).resolve().stem
-        free = (
-            Path("runs") / f"{name}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 10**6)))
-        )
-        folder = Path(given["out"]) if given.get("out") else next(f for f in free if not f.exists())
-        if (folder / "log.csv").exists():
-            raise ValueError(
-                f"{folder} already holds a run; go on with it: python train.py --resume --out "
-                f"{folder}; or choose another --out"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder, None
-    folder = Path(given["out"]) if given.get("out") else newest_run()
-    if not folder.is_dir():
+def check_memory(config: lamoe.Config) -> None:
+    """Refuses a model that this machine can't hold, before it starts to swap."""
+    with torch.device("meta"):  # shapes without memory
+        try:
+            n = sum(weight.numel() for weight in lamoe.LaMoE(config).parameters())
+        except RuntimeError:  # more elements than torch can count
+            n = math.inf
+    if os.name == "posix" and 16 * n > (
+        here := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    ):
         raise ValueError(
-            f"{folder}: no such run to resume; start one: python train.py --out {folder}"
+            f"training {n / 1e9:.1f}B parameters takes {16 * n / 1e9:,.0f} GB and this machine has "
+            f"{here / 1e9:,.0f} GB of memory; try a smaller --dim, --n_layers or --n_experts"
         )
-    try:
-        return folder, lamoe.read(folder / "last.pt")
-    except ValueError as error:
-        say(f"{error}")
-        say(f"resume     no usable checkpoint in {folder}: starting over")
-        for name in ("last.pt", "best.pt", "log.csv"):  # never overwrite what may still be wanted
-            if (folder / name).exists():
-                os.replace(folder / name, folder / f"{name}.old")
-        return folder, None
 
 
-def newest_run() -> Path:
+RUN_FILES = ("last.pt", "best.pt", "log.csv")
+
+
+def new_folder(given: dict) -> Path:
+    """The folder of a new run, not made yet: never one in which a run already is."""
+    if given.get("out"):
+        folder = Path(given["out"])
+    else:
+        name = Path(given.get("data", "stories")).resolve().stem
+        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        folder = next(f for f in (Path("runs") / name for name in names) if not f.exists())
+    if any((folder / name).exists() for name in RUN_FILES):
+        raise ValueError(
+            f"{folder} already holds a run; go on: python train.py --resume --out {folder}; "
+            f"or choose another --out"
+        )
+    existing = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"{folder}: {existing} is no folder to write in; choose another --out")
+    return folder
+
+
+def old_folder(given: dict) -> Path:
+    """The folder to resume: --out, or the newest run."""
+    if given.get("out"):
+        folder = Path(given["out"])
+        if not folder.is_dir():
+            raise ValueError(
+                f"{folder}: no such run to resume; start one: python train.py --out {folder}"
+            )
+        return folder
     runs = sorted(Path("runs").glob("*/log.csv"), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise ValueError("no run in runs/ to resume; start one: python train.py")
     return runs[-1].parent
+
+
+def usable_checkpoint(folder: Path) -> dict | None:
+    try:
+        saved = lamoe.read(folder / "last.pt")
+        missing = {"given", "train_config", "tokenizer", "optimizers", "meter", "rng", "done"}
+        if missing := missing - saved.keys():
+            raise ValueError(f"{folder}/last.pt lacks {sorted(missing)}")
+        return saved
+    except ValueError as error:
+        say(f"resume     {error}")
+        say(f"           no usable checkpoint in {folder}: starting over; what is there gets .old")
+        return None
+
+
+def set_aside(folder: Path) -> None:
+    """Renames a run's files: a fresh start never overwrites what may still be wanted."""
+    for path in [folder / name for name in RUN_FILES if (folder / name).exists()]:
+        names = itertools.chain(["old"], (f"old-{i}" for i in itertools.count(2)))
+        os.rename(
+            path, next(p for p in (Path(f"{path}.{name}") for name in names) if not p.exists())
+        )
 
 
 def say(text: str) -> None:
@@ -536,13 +569,16 @@ def update(model, optimizers, batches: Batches, meter: Meter, settings: TrainCon
 
 def train(given: dict, resume: bool) -> None:
     """The whole run: set up, go on from a checkpoint if there is one, loop, close."""
-    folder, saved = open_run(given, resume)
-    held = lock(folder)  # noqa: F841 - until the process ends
+    folder = old_folder(given) if resume else new_folder(given)
+    held = lock(folder) if resume else None
+    saved = usable_checkpoint(folder) if resume else None
     settings, known = settle(given, saved)
     data = load_data(settings, known, saved)
-    known |= {"vocab_size": data.tokenizer.vocab_size, "seq_len": data.batches.length}
+    config = {**known, "vocab_size": data.tokenizer.vocab_size, "seq_len": data.batches.length}
+    config = lamoe.Config(**config)
+    check_memory(config)
     torch.manual_seed(settings.seed)
-    model = lamoe.LaMoE(lamoe.Config(**known)).to(settings.device)
+    model = lamoe.LaMoE(config).to(settings.device)
     optimizers, meter = make_optimizers(model, settings), Meter(model)
     done = {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
     if saved:
@@ -550,6 +586,11 @@ def train(given: dict, resume: bool) -> None:
         say(f"resume     {folder} at step {done['step']} of {settings.steps}")
         if done["step"] >= settings.steps:
             return say(f"           it is finished; try: python sample.py --model {folder}/best.pt")
+        given = saved["given"]
+    folder.mkdir(parents=True, exist_ok=True)
+    held = held or lock(folder)  # noqa: F841 - until the process ends
+    if not saved:
+        set_aside(folder)
     introduce(model, settings, data, folder)
     log, stop = Log(folder / "log.csv", done["step"]), stop_on_ctrl_c()
     row_step, row_seconds = done["step"], done["seconds"]
@@ -567,18 +608,14 @@ def train(given: dict, resume: bool) -> None:
             continue
         row = {"step": step, **meter.row()}  # reading the meter waits for the device
         done["seconds"] += time.perf_counter() - started
-        if not math.isfinite(row["train_loss"] + row["grad_norm"]):
-            raise ValueError(
-                f"the loss is not finite at step {step}; {folder}/last.pt is the last good state; "
-                f"start anew with a lower rate: --lr {settings.lr / 3:.1g} --muon_lr "
-                f"{settings.muon_lr / 3:.1g}"
-            )
         if evaluating:
             score = evaluate(model, data.val_ids, data.spans, data.tokenizer, settings)
             row |= {"val_loss": score.loss, "val_bits_per_byte": score.bits_per_byte}
-            if score.bits_per_byte < done["best"]:
-                done |= {"best": score.bits_per_byte, "best_step": step}
-                save(folder / "best.pt", model, data, settings, done)
+        if not all(map(math.isfinite, row.values())):
+            raise ValueError(not_finite(step, folder, settings))
+        if evaluating and score.bits_per_byte < done["best"]:
+            done |= {"best": score.bits_per_byte, "best_step": step}
+            save(folder / "best.pt", model, data, settings, given, done)
         if evaluating or logging:
             tokens = settings.batch_size * settings.grad_accum * data.batches.length
             seconds, row_seconds = done["seconds"] - row_seconds, done["seconds"]
@@ -589,21 +626,30 @@ def train(given: dict, resume: bool) -> None:
             show(row, settings, data.floor)
             meter.reset()
         if saving:
-            save(folder / "last.pt", model, data, settings, done, optimizers, meter)
+            save(folder / "last.pt", model, data, settings, given, done, optimizers, meter)
 
     if done["step"] < settings.steps:
-        save(folder / "last.pt", model, data, settings, done, optimizers, meter)
+        save(folder / "last.pt", model, data, settings, given, done, optimizers, meter)
         say(f"\nstopped and saved at step {done['step']}; go on:")
         say(f"           python train.py --resume --out {folder}")
         sys.exit(130)
     close(folder, settings, data, done)
 
 
-def save(path, model, data: Data, settings, done: dict, optimizers=None, meter=None) -> None:
+def not_finite(step: int, folder: Path, settings: TrainConfig) -> str:
+    last = f"{folder}/last.pt holds the last good state" if (folder / "last.pt").exists() else ""
+    return (
+        f"the loss is not finite at step {step}; {last or 'nothing was saved yet'}; try lower "
+        f"rates: --lr {settings.lr / 3:.1g} --muon_lr {settings.muon_lr / 3:.1g}"
+    )
+
+
+def save(path, model, data: Data, settings, given, done: dict, optimizers=None, meter=None) -> None:
     """With the optimizers, everything a run goes on from; without, what sampling needs."""
     checkpoint = {
         "config": dataclasses.asdict(model.config),
         "train_config": dataclasses.asdict(settings),
+        "given": {k: v for k, v in given.items() if k != "out"},  # what a resume compares
         "tokenizer": data.tokenizer.state(),
         "model": model.state_dict(),
         "done": done,
@@ -723,7 +769,7 @@ def main() -> None:
         resume = given.pop("resume")
         train(given, resume)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}".splitlines()[0], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
