@@ -900,7 +900,7 @@ def load(path: str | os.PathLike, device: str = "cpu"):
     try:
         model = LaMoE(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit this version of LaMoE: {reason}") from None
     state = checkpoint.get("tokenizer")

@@ -419,7 +419,9 @@ def settle(given: dict, saved: dict | None) -> tuple[TrainConfig, dict]:
     settings = fill(TrainConfig, {**known, "device": device, "preset": preset})
     settings.dtype = pick_dtype(settings.dtype, device)
     fields = {f.name for f in dataclasses.fields(lamoe.Config)}
-    return settings, {name: value for name, value in known.items() if name in fields}
+    known = {name: value for name, value in known.items() if name in fields}
+    check_memory(lamoe.Config(**{"vocab_size": 512, **known}))  # mistakes, before any work is done
+    return settings, known
 
 
 def check_memory(config: lamoe.Config) -> None:
@@ -576,7 +578,6 @@ def train(given: dict, resume: bool) -> None:
     data = load_data(settings, known, saved)
     config = {**known, "vocab_size": data.tokenizer.vocab_size, "seq_len": data.batches.length}
     config = lamoe.Config(**config)
-    check_memory(config)
     torch.manual_seed(settings.seed)
     model = lamoe.LaMoE(config).to(settings.device)
     optimizers, meter = make_optimizers(model, settings), Meter(model)

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -225,8 +226,21 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def workplace(folder, monkeypatch):
+    """The folder, for ten seconds at most: --seq_len 0 once made windows without end."""
     monkeypatch.chdir(folder)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    if os.name != "posix":
+        yield
+        return
+    handler = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
+
+
+def give_up(number, frame):
+    raise AssertionError("it still runs after ten seconds")
 
 
 def everything():

@@ -287,7 +287,7 @@ def test_a_run_is_locked_against_a_second_and_the_lock_dies_with_its_process(cap
         while not (Path("run/log.csv").exists() and len(log_of("run")) > 2):
             assert time.monotonic() < deadline and first.poll() is None
             time.sleep(0.05)
-        assert resume("run") == 2
+        assert resume("run", "--data text.txt", *TINY, "--steps 1") == 2
         assert "in use" in capsys.readouterr().err
         assert sorted(os.listdir("run")) == ["lock", "log.csv"]  # nothing moved, nothing lost
     finally:
@@ -449,6 +449,15 @@ def test_muon_gets_exactly_the_attention_matrices(n_experts):
     assert sorted(all_names) == sorted(names.values())
 
 
+def test_each_step_takes_the_rates_of_the_schedule():
+    start("run", "--steps 5 --lr 0.01 --muon_lr 0.05 --warmup 0.4")
+    share = train.schedule(4, train.TrainConfig(steps=5, warmup=0.4))
+    muon, *adamw = lamoe.read("run/last.pt")["optimizers"]
+    for optimizer, highest in ((muon, 0.05), *((o, 0.01) for o in adamw)):
+        for group in optimizer["param_groups"]:
+            assert group["lr"] == pytest.approx(highest * share)
+
+
 def test_two_micro_steps_of_four_windows_equal_one_step_of_eight():
     """Without the balance loss, which is not a mean over tokens but a product of two."""
     flags = "--steps 4 --log_every 1 --balance_weight 0"
@@ -521,6 +530,16 @@ def test_the_log_has_its_columns_and_they_add_up():
         assert float(row["tokens_per_s"]) > 0 and float(row["aux"]) > 0
     seconds = [float(row["seconds"]) for row in log_of("run")]
     assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+def test_a_row_is_the_mean_since_the_row_before():
+    start("each", "--steps 6 --log_every 1 --eval_every 6")
+    start("thirds", "--steps 6 --log_every 3 --eval_every 6")
+    for i, row in enumerate(log_of("thirds")):
+        for column in ("train_loss", "aux"):
+            steps = [float(one[column]) for one in log_of("each")[3 * i : 3 * i + 3]]
+            assert float(row[column]) == pytest.approx(sum(steps) / 3, rel=1e-4)
+    assert log_of("thirds")[-1]["grad_norm"] == log_of("each")[-1]["grad_norm"]
 
 
 def test_a_dense_model_has_no_load_in_its_log():
