@@ -483,6 +483,9 @@ def usable_checkpoint(folder: Path) -> dict | None:
         missing = {"given", "train_config", "tokenizer", "optimizers", "meter", "rng", "done"}
         if missing := missing - saved.keys():
             raise ValueError(f"{folder}/last.pt lacks {sorted(missing)}")
+        lamoe.load(folder / "last.pt")  # config, weights and tokenizer fit this version
+        if saved["train_config"].keys() != {f.name for f in dataclasses.fields(TrainConfig)}:
+            raise ValueError(f"{folder}/last.pt is from another version of train.py")
         return saved
     except ValueError as error:
         say(f"resume     {error}")
@@ -752,13 +755,12 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
         bits = score.bits_of_kind[datasets.KINDS.index("recall")] / mentions
         say(f"           a name or thing to be recalled costs {bits:.3f} bits")
     opening = "Once, upon a time" if settings.data == "stories" else "\n"
-    ids = torch.tensor([[tokenizer.eot, *tokenizer.encode(opening)]], device=settings.device)
-    generator = torch.Generator(settings.device).manual_seed(settings.seed)
-    new = model.generate(
-        ids, 150, temperature=0.8, min_p=0.02, stop=tokenizer.eot, generator=generator
-    )
-    text = tokenizer.decode([token.item() for token in new]).removesuffix("<|endoftext|>")
-    say(f"sample     {opening}{text}")
+    if model.config.eval_capacity_factor is None:  # else there is no generating: see lamoe.forward
+        ids = torch.tensor([[tokenizer.eot, *tokenizer.encode(opening)]], device=settings.device)
+        generator = torch.Generator(settings.device).manual_seed(settings.seed)
+        new = model.generate(ids, 150, 0.8, min_p=0.02, stop=tokenizer.eot, generator=generator)
+        text = tokenizer.decode([token.item() for token in new]).removesuffix("<|endoftext|>")
+        say(f"sample     {opening}{text}")
     say(f"picture    {draw(folder, floor)}")
     say(f"log        {folder}/log.csv")
     say(f"next       python sample.py {opening.strip()!r} --model {folder}/best.pt")

@@ -191,9 +191,35 @@ def leave_only_the_model(path):
     lamoe.save(path, {"config": checkpoint["config"], "model": checkpoint["model"]})
 
 
+def change(path, part, **fields):
+    checkpoint = lamoe.read(path)
+    lamoe.save(path, {**checkpoint, part: {**checkpoint[part], **fields}})
+
+
+def come_from_another_trainer(path):
+    change(path, "train_config", wings=2)
+
+
+def come_from_another_model(path):
+    change(path, "config", wings=2)
+
+
+def have_weights_of_another_shape(path):
+    change(path, "config", hidden_dim=9)
+
+
 @pytest.mark.parametrize(
     "damage",
-    [remove, truncate, empty, leave_only_what_sampling_needs, leave_only_the_model],
+    [
+        remove,
+        truncate,
+        empty,
+        leave_only_what_sampling_needs,
+        leave_only_the_model,
+        come_from_another_trainer,
+        come_from_another_model,
+        have_weights_of_another_shape,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_resume_without_a_usable_checkpoint_starts_over_and_keeps_the_old_files(damage, capsys):
@@ -469,6 +495,16 @@ def test_two_micro_steps_of_four_windows_equal_one_step_of_eight():
             assert float(whole[column]) == pytest.approx(float(halves[column]), rel=1e-4)
 
 
+def test_the_bias_of_deepseeks_router_is_updated_once_a_step():
+    start("run", "--router deepseek --top_k 1 --steps 1 --grad_accum 2 --bias_rate 0.125")
+    state = lamoe.read("run/last.pt")["model"]
+    (bias,) = (value for name, value in state.items() if name.endswith("router.bias"))
+    steps = torch.sign(bias)  # of three experts, not all can be above the mean
+    assert {-1, 1} <= set(steps.tolist())
+    assert bias.sum().item() == pytest.approx(0, abs=1e-6)
+    assert (bias.max() - bias.min()).item() == pytest.approx(0.25, abs=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------
 # Flags, log, end
 # ---------------------------------------------------------------------------------------------
@@ -659,6 +695,10 @@ def test_the_run_ends_with_score_sample_and_the_next_command(capsys):
     for word in ("best ", "bits/byte", "sample ", "log.csv", "python sample.py"):
         assert word in printed
     assert "floor" not in printed
+
+
+def test_a_run_ends_well_with_a_router_that_cannot_use_a_cache():
+    assert start("run", "--router switch --eval_capacity_factor 1.25 --steps 1") == 0
 
 
 def test_the_embedded_corpus_ends_with_its_floor_and_where_the_gap_is(

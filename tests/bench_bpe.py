@@ -1,6 +1,6 @@
 """Prints how bpe.py compares with rustbpe and tiktoken: ratios, both sides timed in one process.
 
-    RAYON_NUM_THREADS=1 python tests/bench_bpe_draft.py [FILE ...] [--vocab_size 16384]
+    RAYON_NUM_THREADS=1 python tests/bench_bpe.py [FILE ...] [--vocab_size 16384]
 
 Without files, it gathers some 60 MB of sources and texts of this machine. One text in ten is held
 out: encoding is measured on those, first cold (nothing cached), then warm (median of five).
