@@ -286,8 +286,14 @@ class Experts(nn.Module):
 
 
 def expert(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """One expert's rows: weight * down(silu(gate(x)) * up(x))."""
-    return F.linear(swiglu(F.linear(x, gate_up)) * weight, down)
+    """One expert's rows: weight * down(silu(gate(x)) * up(x)).
+
+    In bf16 a CPU builds a kernel for each new number of rows, so rows are filled up to a multiple
+    of 32: few numbers, and each kernel is built once.
+    """
+    if (n := len(x)) > 1 and x.dtype == torch.bfloat16:
+        x, weight = (F.pad(rows, (0, 0, 0, -n % 32)) for rows in (x, weight))
+    return F.linear(swiglu(F.linear(x, gate_up)) * weight, down)[:n]
 
 
 def has_grouped_mm(x: Tensor) -> bool:

@@ -14,10 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import sample  # noqa: E402
 from parser import parse  # noqa: E402
 
 import lamoe  # noqa: E402
+import sample  # noqa: E402
 from data import datasets  # noqa: E402
 
 
