@@ -53,12 +53,12 @@ class TrainConfig:
     tokenizer: str = "bpe"  # bpe (trained on the data) or bytes
     dtype: str = "auto"  # of matrix products: bf16 or fp32; auto: bf16 where it is faster
     seed: int = 0  # of weights and of the order of batches
-    steps: int = 900  # optimizer steps; 0: by preset
+    steps: int = 850  # optimizer steps; 0: by preset
     batch_size: int = 16  # windows a micro-step
     grad_accum: int = 1  # micro-steps an optimizer step
     lr: float = 8e-3  # of AdamW, at its highest
     muon_lr: float = 0.02  # of Muon, at its highest [2]
-    weight_decay: float | None = None  # of matrices, times the rate; None: by the size of the text
+    weight_decay: float = 0.1  # of matrices, times the rate
     warmup: float = 0.05  # share of the steps in which the rate rises
     clip: float = 1.0  # largest norm of the gradient
     eval_every: int = 0  # steps; 0: five times a run
@@ -72,7 +72,7 @@ class TrainConfig:
         ranges |= {"lr": (0, inf), "muon_lr": (0, inf), "weight_decay": (0, inf)}
         ranges |= {"warmup": (0, 1), "clip": (1e-12, inf)}
         for name, (least, most) in ranges.items():
-            if (value := getattr(self, name)) is not None and not least <= value <= most:
+            if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"{name}={value} must be from {least} to {most}")
         for name, known in (("tokenizer", ("bpe", "bytes")), ("dtype", ("auto", "bf16", "fp32"))):
             if getattr(self, name) not in known:
@@ -81,9 +81,17 @@ class TrainConfig:
         self.save_every = self.save_every or self.eval_every
 
 
-LAPTOP = {"qk_norm": True, "n_layers": 3, "steps": 900}
+LAPTOP = {"qk_norm": True, "steps": 850}
 GPU = {**LAPTOP, "steps": 1200, "batch_size": 64}
 PRESETS = {"laptop": LAPTOP, "gpu": GPU}
+# Text below so many bytes, and what suits it. A token must be met often to be learned, so small
+# texts get few; a short context makes many windows of them; and they are read several times over,
+# which decay keeps from being learned by heart. Where names must be recalled, it does harm.
+TEXTS = (
+    (4e6, {"vocab_size": 2048, "seq_len": 64, "n_layers": 4, "lr": 4e-3, "weight_decay": 0.6}),
+    (1e8, {"vocab_size": 2048, "seq_len": 256, "n_layers": 3, "lr": 8e-3, "weight_decay": 0.1}),
+    (math.inf, {"vocab_size": 8192, "seq_len": 512, "lr": 4e-3, "weight_decay": 0.1}),
+)
 CLASSES = (TrainConfig, lamoe.Config)
 
 
@@ -294,7 +302,9 @@ def draw(folder: Path, floor: float | None) -> str:
     top = 3 * min(val)
     if floor is not None:
         left.axhline(floor, color="C3", linestyle="--", label=f"floor {floor:.3f}")
-        left.annotate(f"{val[-1]:.3f}", (steps[-1], val[-1]), (0, 8), textcoords="offset points")
+        left.annotate(
+            f"{val[-1]:.3f}", (steps[-1], val[-1]), (0, 8), textcoords="offset points", ha="right"
+        )
     left.set(xlabel="step", ylabel="bits per byte", ylim=(0, top), title="Loss")
     left.legend()
     right.plot(steps, [float(row["load_max_over_mean"] or 1) for row in rows], color="C0")
@@ -343,23 +353,6 @@ def pick_dtype(name: str, device: str) -> str:
     return "bf16" if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else "fp32"
 
 
-def pick_sizes(n_bytes: int) -> dict:
-    """Vocabulary, context and weight decay by the size of the text.
-
-    A token must be met often to be learned, so small texts get few; a short context makes many
-    windows of them, and they are read several times over, which decay keeps from being learned by
-    heart. Where names must be recalled, as in the embedded corpus, the same decay does harm.
-    """
-    if n_bytes < 4e6:
-        return {"vocab_size": 2048, "seq_len": 64, "weight_decay": 0.5}
-    large = n_bytes > 1e8
-    return {
-        "vocab_size": 8192 if large else 2048,
-        "seq_len": 512 if large else 256,
-        "weight_decay": 0.1,
-    }
-
-
 class Data(typing.NamedTuple):
     tokenizer: Tokenizer
     batches: Batches
@@ -369,22 +362,18 @@ class Data(typing.NamedTuple):
     floor: float | None  # bits per byte that no model can beat, where the source is known
 
 
-def load_data(settings: TrainConfig, known: dict, saved: dict | None) -> Data:
+def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) -> Data:
     """Text -> tokenizer (the checkpoint's, if there is one) -> ids -> windows."""
-    corpus = datasets.read(settings.data)
     n_bytes = sum(len(document.encode()) for document in corpus.train)
     say(f"data       {settings.data}: {corpus.how}; {n_bytes / 1e6:.1f} MB to train on")
-    sizes = {**pick_sizes(n_bytes), **known}
-    if settings.weight_decay is None:
-        settings.weight_decay = sizes["weight_decay"]
     if saved:
         tokenizer = Tokenizer.from_state(saved["tokenizer"])
     elif settings.tokenizer == "bytes":
         tokenizer = Tokenizer([])
     else:
-        tokenizer = Tokenizer.train(corpus.train, sizes["vocab_size"], say_in_place)
+        tokenizer = Tokenizer.train(corpus.train, known["vocab_size"], say_in_place)
     train_ids, val_ids = encode(tokenizer, corpus.train), encode(tokenizer, corpus.val)
-    length = sizes["seq_len"]
+    length = known["seq_len"]
     if min(len(train_ids), len(val_ids)) < length + 2:
         raise ValueError(
             f"{settings.data} is too short: {len(train_ids)} tokens to train on and {len(val_ids)} "
@@ -404,8 +393,8 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None) -> Data:
     return Data(tokenizer, batches, corpus, val_ids, spans, floor)
 
 
-def settle(given: dict, saved: dict | None) -> tuple[TrainConfig, dict]:
-    """Settings, and the fields of lamoe.Config that are already known."""
+def settle(given: dict, saved: dict | None, corpus) -> tuple[TrainConfig, dict]:
+    """Settings, and fields of lamoe.Config: by flag, else by what suits the text, else by preset."""
     if saved:
         settled = {**saved["config"], **saved["train_config"], **saved["given"]}
         for name, value in given.items():
@@ -421,12 +410,15 @@ def settle(given: dict, saved: dict | None) -> tuple[TrainConfig, dict]:
     preset = given.get("preset") or ("gpu" if device == "cuda" else "laptop")
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is unknown; try one of {sorted(PRESETS)}")
-    known = {**PRESETS[preset], **{k: v for k, v in given.items() if (k, v) != ("steps", 0)}}
+    size = sum(map(len, corpus.train))
+    by_text = next(suits for limit, suits in TEXTS if size < limit)
+    flags = {name: value for name, value in given.items() if (name, value) != ("steps", 0)}
+    known = {**PRESETS[preset], **by_text, **flags}
     settings = fill(TrainConfig, {**known, "device": device, "preset": preset})
     settings.dtype = pick_dtype(settings.dtype, device)
     fields = {f.name for f in dataclasses.fields(lamoe.Config)}
     known = {name: value for name, value in known.items() if name in fields}
-    check_memory(lamoe.Config(**{"vocab_size": 512, **known}))  # mistakes, before any work is done
+    check_memory(lamoe.Config(**known))  # mistakes, before any work is done
     return settings, known
 
 
@@ -597,8 +589,10 @@ def train(given: dict, resume: bool) -> None:
     folder = old_folder(given) if resume else new_folder(given)
     held = lock(folder) if resume else None
     saved = usable_checkpoint(folder) if resume else None
-    settings, known = settle(given, saved)
-    data = load_data(settings, known, saved)
+    data_name = saved["train_config"]["data"] if saved else given.get("data", TrainConfig.data)
+    corpus = datasets.read(data_name)
+    settings, known = settle(given, saved, corpus)
+    data = load_data(settings, known, saved, corpus)
     config = {**known, "vocab_size": data.tokenizer.vocab_size, "seq_len": data.batches.length}
     config = lamoe.Config(**config)
     torch.manual_seed(settings.seed)
@@ -784,7 +778,8 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
         say(f"sample     {opening}{text}")
     say(f"picture    {draw(folder, floor)}")
     say(f"log        {folder}/log.csv")
-    say(f"next       python sample.py {opening.strip()!r} --model {folder}/best.pt")
+    prompt = f'"{opening}" ' if opening.strip() else ""
+    say(f"next       python sample.py {prompt}--model {folder}/best.pt")
 
 
 def main() -> None:
