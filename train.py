@@ -394,7 +394,7 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) ->
 
 
 def settle(given: dict, saved: dict | None, corpus) -> tuple[TrainConfig, dict]:
-    """Settings, and fields of lamoe.Config: by flag, else by what suits the text, else by preset."""
+    """Settings, and fields of lamoe.Config: by flag, else by the text's size, else by preset."""
     if saved:
         settled = {**saved["config"], **saved["train_config"], **saved["given"]}
         for name, value in given.items():
