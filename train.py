@@ -22,9 +22,11 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import inspect
 import itertools
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -86,7 +88,7 @@ GPU = {**LAPTOP, "steps": 1200, "batch_size": 64}
 PRESETS = {"laptop": LAPTOP, "gpu": GPU}
 # Text below so many bytes, and what suits it. A token must be met often to be learned, so small
 # texts get few; a short context makes many windows of them; and they are read several times over,
-# which decay keeps from being learned by heart. Where names must be recalled, it does harm.
+# which weight decay keeps from being learned by heart. Where names must be recalled, it does harm.
 TEXTS = (
     (4e6, {"vocab_size": 2048, "seq_len": 64, "n_layers": 4, "lr": 4e-3, "weight_decay": 0.6}),
     (1e8, {"vocab_size": 2048, "seq_len": 256, "n_layers": 3, "lr": 8e-3, "weight_decay": 0.1}),
@@ -106,23 +108,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     for cls in CLASSES:
         group = parser.add_argument_group(cls.__name__)
+        meaning = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.M))
         for field in dataclasses.fields(cls):
             default = "by the text" if field.default is dataclasses.MISSING else field.default
-            options = {"default": argparse.SUPPRESS, "help": f"default: {default}"}
+            text = f"{meaning[field.name]} (default: {default})".replace("%", "%%")
+            options = {"default": argparse.SUPPRESS, "help": text}
             if field.type is bool:
                 options["action"] = argparse.BooleanOptionalAction
-            else:
-                options["type"] = (*typing.get_args(field.type), field.type)[
-                    0
-                ]  # of int | None: int
+            else:  # of `int | None` the int
+                options["type"] = (*typing.get_args(field.type), field.type)[0]
             group.add_argument(f"--{field.name}", **options)
     return parser.parse_args(arguments)
 
 
-def fill(cls, *layers: dict):
-    """An instance of a dataclass; the first layer that names a field wins."""
-    merged = {name: value for layer in reversed(layers) for name, value in layer.items()}
-    return cls(**{f.name: merged[f.name] for f in dataclasses.fields(cls) if f.name in merged})
+def fill(cls, values: dict):
+    """An instance of a dataclass from those values that name its fields."""
+    return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
 
 # --- 2. Data: one flat array of ids -> windows -> batches -----------------------------------------
