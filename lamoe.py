@@ -286,14 +286,8 @@ class Experts(nn.Module):
 
 
 def expert(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """One expert's rows: weight * down(silu(gate(x)) * up(x)).
-
-    In bf16 a CPU builds a kernel for each new number of rows, so rows are filled up to a multiple
-    of 32: few numbers, and each kernel is built once.
-    """
-    if (n := len(x)) > 1 and x.dtype == torch.bfloat16:
-        x, weight = (F.pad(rows, (0, 0, 0, -n % 32)) for rows in (x, weight))
-    return F.linear(swiglu(F.linear(x, gate_up)) * weight, down)[:n]
+    """One expert's rows: weight * down(silu(gate(x)) * up(x))."""
+    return F.linear(swiglu(F.linear(x, gate_up)) * weight, down)
 
 
 def has_grouped_mm(x: Tensor) -> bool:
@@ -355,15 +349,33 @@ def dispatch(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Ten
     if len(x_ND) == 1 and not x_ND.is_cuda:  # a step of generation: nothing to sort
         rows = zip(experts_NA[0].tolist(), weights_NA[0], strict=True)
         return sum(expert(x_ND, w, experts.gate_up_proj[e], experts.down_proj[e]) for e, w in rows)
-    A = experts_NA.shape[1]
+    A, ids_E = experts_NA.shape[1], torch.arange(len(experts.down_proj), device=x_ND.device)
     sorted_S, order_S = experts_NA.flatten().sort(stable=True)
-    ids_E = torch.arange(len(experts.down_proj), device=x_ND.device)
     ends_E = torch.searchsorted(sorted_S, ids_E, right=True, out_int32=True)
-    slot_NA = order_S.argsort().view_as(experts_NA)
+    slot_NA, is_pair_S1 = order_S.argsort().view_as(experts_NA), None
+    if x_ND.dtype == torch.bfloat16 and not x_ND.is_cuda:
+        order_S, slot_NA, ends_E, is_pair_S1 = pad_groups(sorted_S, order_S, slot_NA, ends_E)
     token_S = order_S.div(A, rounding_mode="floor")
     x_SD = Expand.apply(x_ND, token_S, slot_NA)
     weight_S1 = Expand.apply(weights_NA.view(-1, 1), order_S, slot_NA.view(-1, 1))
+    if is_pair_S1 is not None:
+        weight_S1 = weight_S1 * is_pair_S1
     return Combine.apply(experts(x_SD, weight_S1, ends_E), token_S, slot_NA)
+
+
+def pad_groups(sorted_S, order_S, slot_NA, ends_E, multiple: int = 32):
+    """The same trip with each expert's rows filled up to a multiple.
+
+    In bf16 a CPU builds a kernel for each new number of rows; so there are few numbers, and each
+    kernel is built once. The rows added are copies of token 0 that nothing reads, with weight 0.
+    """
+    gaps_E = -ends_E.diff(prepend=ends_E.new_zeros(1)) % multiple
+    before_E = gaps_E.cumsum(0) - gaps_E  # rows added ahead of each expert
+    row_S = torch.arange(len(order_S)) + before_E[sorted_S]
+    ends_E = ends_E + gaps_E.cumsum(0)
+    padded_S = order_S.new_zeros(ends_E[-1]).index_copy(0, row_S, order_S)
+    is_pair_S1 = torch.zeros(len(padded_S), 1, dtype=torch.bfloat16).index_fill(0, row_S, 1)
+    return padded_S, row_S[slot_NA], ends_E, is_pair_S1
 
 
 # --- 5. Routers: which experts a token goes to, and how much each counts --------------------------
