@@ -405,6 +405,9 @@ class Router(nn.Module):
         with torch.autocast(x_BTD.device.type, enabled=False):
             return F.linear(x_BTD.flatten(0, -2).float(), weight_ED.float())
 
+    def update_bias(self, load_E: Tensor) -> None:
+        """Called after each optimizer step; nothing to do where the loss keeps the balance."""
+
 
 def load_share(experts_NA: Tensor, n_experts: int) -> Tensor:
     """The share of all choices that each expert got, (E,); sums to 1, and has no gradient."""
@@ -739,11 +742,10 @@ class LaMoE(nn.Module):
         )
 
     def update_bias(self, load_LE: Tensor) -> None:
-        """After each optimizer step: balance by bias, for routers that do (DeepSeek)."""
+        """After each optimizer step, with its load: some routers balance by a bias (DeepSeek)."""
         layers = (block.ffn for block in self.blocks if isinstance(block.ffn, MoE))
         for layer, load_E in zip(layers, load_LE, strict=True):
-            if hasattr(layer.router, "update_bias"):
-                layer.router.update_bias(load_E)
+            layer.router.update_bias(load_E)
 
     @torch.inference_mode()
     def generate(
@@ -910,11 +912,10 @@ def pick_device(name: str) -> str:
     return available[0] if name == "auto" else name
 
 
-def load(path: str | os.PathLike, device: str = "cpu"):
-    """(model in evaluation mode, tokenizer or None) from a checkpoint file."""
+def build(checkpoint: dict, path: str | os.PathLike):
+    """(model, tokenizer or None) from what `read` returned; path is for the messages."""
     import bpe
 
-    checkpoint = read(path)
     try:
         model = LaMoE(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
@@ -931,4 +932,10 @@ def load(path: str | os.PathLike, device: str = "cpu"):
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, "
             f"its model {model.config.vocab_size}; they are not from one training run"
         )
+    return model, tokenizer
+
+
+def load(path: str | os.PathLike, device: str = "cpu"):
+    """(model in evaluation mode, tokenizer or None) from a checkpoint file."""
+    model, tokenizer = build(read(path), path)
     return model.to(device).eval(), tokenizer

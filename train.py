@@ -83,7 +83,7 @@ class TrainConfig:
         self.save_every = self.save_every or self.eval_every
 
 
-LAPTOP = {"qk_norm": True, "steps": 850}
+LAPTOP = {"qk_norm": True}
 GPU = {**LAPTOP, "steps": 1200, "batch_size": 64}
 PRESETS = {"laptop": LAPTOP, "gpu": GPU}
 # Text below so many bytes, and what suits it. A token must be met often to be learned, so small
@@ -444,9 +444,10 @@ def check_memory(config: lamoe.Config) -> None:
             n = sum(weight.numel() for weight in lamoe.LaMoE(config).parameters())
         except RuntimeError:  # more elements than torch can count
             n = math.inf
-    if os.name == "posix" and 16 * n > (
-        here := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    ):
+    here = math.inf
+    if os.name == "posix":
+        here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 16 * n > here:
         raise ValueError(
             f"training {n / 1e9:.1f}B parameters takes {16 * n / 1e9:,.0f} GB and this machine has "
             f"{here / 1e9:,.0f} GB of memory; try a smaller --dim, --n_layers or --n_experts"
@@ -456,14 +457,18 @@ def check_memory(config: lamoe.Config) -> None:
 RUN_FILES = ("last.pt", "best.pt", "log.csv")
 
 
+def first_free(path: str | Path) -> Path:
+    """path, or the first of path-2, path-3, ... that is not there yet."""
+    names = itertools.chain([f"{path}"], (f"{path}-{i}" for i in itertools.count(2)))
+    return next(Path(name) for name in names if not Path(name).exists())
+
+
 def new_folder(given: dict) -> Path:
     """The folder of a new run, not made yet: never one in which a run already is."""
     if given.get("out"):
         folder = Path(given["out"])
     else:
-        name = Path(given.get("data", "stories")).resolve().stem
-        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-        folder = next(f for f in (Path("runs") / name for name in names) if not f.exists())
+        folder = first_free(Path("runs") / Path(given.get("data", "stories")).resolve().stem)
     if any((folder / name).exists() for name in RUN_FILES):
         raise ValueError(
             f"{folder} already holds a run; go on: python train.py --resume --out {folder}; "
@@ -493,10 +498,10 @@ def old_folder(given: dict) -> Path:
 def usable_checkpoint(folder: Path) -> dict | None:
     try:
         saved = lamoe.read(folder / "last.pt")
-        missing = {"given", "train_config", "tokenizer", "optimizers", "meter", "rng", "done"}
-        if missing := missing - saved.keys():
+        needed = {"given", "train_config", "tokenizer", "optimizers", "meter", "rng", "done"}
+        if missing := needed - saved.keys():
             raise ValueError(f"{folder}/last.pt lacks {sorted(missing)}")
-        lamoe.load(folder / "last.pt")  # config, weights and tokenizer fit this version
+        lamoe.build(saved, folder / "last.pt")  # config, weights and tokenizer fit this version
         if saved["train_config"].keys() != {f.name for f in dataclasses.fields(TrainConfig)}:
             raise ValueError(f"{folder}/last.pt is from another version of train.py")
         return saved
@@ -509,10 +514,7 @@ def usable_checkpoint(folder: Path) -> dict | None:
 def set_aside(folder: Path) -> None:
     """Renames a run's files: a fresh start never overwrites what may still be wanted."""
     for path in [folder / name for name in RUN_FILES if (folder / name).exists()]:
-        names = itertools.chain(["old"], (f"old-{i}" for i in itertools.count(2)))
-        os.rename(
-            path, next(p for p in (Path(f"{path}.{name}") for name in names) if not p.exists())
-        )
+        os.rename(path, first_free(f"{path}.old"))
 
 
 def say(text: str) -> None:
@@ -533,9 +535,8 @@ class Meter:
     def __init__(self, model: lamoe.LaMoE):
         c, device = model.config, model.embed.weight.device
         layers = sum(isinstance(block.ffn, lamoe.MoE) for block in model.blocks)
-        self.scalars = torch.zeros(
-            5, device=device
-        )  # micro-steps, loss, aux, dropped, gradient norm
+        # micro-steps, loss, aux, dropped, and the last gradient norm
+        self.scalars = torch.zeros(5, device=device)
         self.load = torch.zeros(layers, c.n_experts, device=device)
 
     @torch.no_grad()
@@ -594,8 +595,7 @@ def train(given: dict, resume: bool) -> None:
     corpus = datasets.read(data_name)
     settings, known = settle(given, saved, corpus)
     data = load_data(settings, known, saved, corpus)
-    config = {**known, "vocab_size": data.tokenizer.vocab_size, "seq_len": data.batches.length}
-    config = lamoe.Config(**config)
+    config = lamoe.Config(**{**known, "vocab_size": data.tokenizer.vocab_size})
     torch.manual_seed(settings.seed)
     model = lamoe.LaMoE(config).to(settings.device)
     optimizers, meter = make_optimizers(model, settings), Meter(model)
@@ -717,7 +717,7 @@ def introduce(model, settings: TrainConfig, data: Data, folder: Path) -> None:
     total, active = parts["all"]
     shape = f"{c.n_layers} layers, dim {c.dim}, {c.n_heads} heads"
     if c.n_experts > 1:
-        shape += f", {c.n_experts} experts of {c.hidden_dim} (top {c.top_k}, {c.router})"
+        shape += f", {c.n_experts} experts of {c.hidden_dim} (top {c.n_active}, {c.router})"
     tokens = settings.batch_size * c.seq_len
     # weight, gradient and two moments; logits three times over; some 30 activations a layer
     memory = 16 * total + 12 * tokens * c.vocab_size + 120 * tokens * c.dim * c.n_layers
@@ -765,10 +765,9 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
             f"floor      {floor:.4f}: {above:.2f}% above it, of which choices {choice:.2f}, "
             f"recall {recall:.2f}, the rest {rest:.2f}"
         )
-        mentions = np.count_nonzero(
-            np.diff((kinds == datasets.KINDS.index("recall")).astype(int)) == 1
-        )
-        bits = score.bits_of_kind[datasets.KINDS.index("recall")] / mentions
+        at = datasets.KINDS.index("recall")
+        mentions = np.count_nonzero(np.diff((kinds == at).astype(int)) == 1)
+        bits = score.bits_of_kind[at] / mentions
         say(f"           a name or thing to be recalled costs {bits:.3f} bits")
     opening = "Once, upon a time" if settings.data == "stories" else "\n"
     if model.config.eval_capacity_factor is None:  # else there is no generating: see lamoe.forward

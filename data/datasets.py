@@ -16,7 +16,7 @@ import numpy as np
 from data import facts, stories
 
 CACHE = Path(__file__).parent / "cache"  # generated text; git ignores it
-SEPARATOR = "<|endoftext|>"  # between documents: a line of its own in files, a token for the model
+SEPARATOR = stories.END.strip()  # <|endoftext|>: a line of its own in files, a token for the model
 KINDS = ("rest", "choice", "recall")  # what a byte of a drawn corpus is
 DRAWN = {"stories": stories, "facts": facts}  # corpora we write ourselves, with an exact floor
 

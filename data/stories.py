@@ -417,6 +417,7 @@ def texts(seed, split, workers=1):
     chunk, starts = partial(_chunk, seed=seed, split=split), itertools.count(0, CHUNK)
     if workers == 1:
         yield from itertools.chain.from_iterable(map(chunk, starts))
+        return
     with multiprocessing.Pool(workers) as pool:
         while True:
             for block in pool.map(chunk, itertools.islice(starts, 4 * workers)):
