@@ -129,6 +129,28 @@ MAY_BE_ZERO = ("n_shared_experts", "n_dense_layers")
 # --- 2. Attention: RMSNorm, RoPE, the cache, grouped-query attention ------------------------------
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, (..., rows of W).
+
+    For the one token of a compiled step it is written out as products and a sum: the compiler then
+    makes one kernel of it and its neighbours, which reads the weights at the memory's full speed.
+    """
+    if torch.compiler.is_compiling() and x.is_cuda and x.numel() == x.shape[-1]:
+        y = (weight.to(x.dtype) * x.reshape(-1)).sum(-1, dtype=torch.float32)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    """x W^T, without a bias, as everywhere in Llama."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in fp32 [2, eq. 4].
 
@@ -172,44 +194,75 @@ def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
 class Cache:
     """Keys and values of the positions seen so far: (layers, B, G, S, K), of a fixed size.
 
-    With it a new token costs one position of work instead of the whole text again.
+    With it a new token costs one position of work instead of the whole text again. `position` is
+    where the next token goes, on the device: a captured step reads it anew at every replay.
     """
 
     def __init__(self, config: Config, batch: int, length: int, device=None, dtype=torch.float32):
         shape = (config.n_layers, batch, config.n_kv_heads, length, config.head_size)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0  # positions filled; LaMoE.forward moves it on, once all layers have written
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.length = 0  # the same number for Python; LaMoE.forward moves both on
+        self.whole = False  # look at all S positions and mask, so that no shape ever changes
 
-    def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values up to and including the new ones, (B, G, S, K) each."""
-        end = self.length + k_BGTK.shape[2]
-        self.k[layer, :, :, self.length : end] = k_BGTK
-        self.v[layer, :, :, self.length : end] = v_BGTK
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def layer(self, i: int, positions_T: Tensor) -> "CacheLayer":
+        end = self.k.shape[3] if self.whole else self.length + len(positions_T)
+        return CacheLayer(self.k[i], self.v[i], positions_T, end)
 
 
-def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v, (B, H, T, K); a query sees the keys up to its own position.
+class CacheLayer(NamedTuple):
+    k_BGSK: Tensor
+    v_BGSK: Tensor
+    positions_T: Tensor  # of the new tokens
+    end: int  # positions to look at
 
-    The queries are the last T of S positions (T = S without a cache). Query head h reads key head
-    h // (H/G) [4]. The scale is 1/sqrt(head_dim), not 1/sqrt(dim).
+    def append(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new keys and values; returns all up to `end`, (B, G, S, K) each."""
+        self.k_BGSK.index_copy_(2, self.positions_T, k_BGTK.detach().to(self.k_BGSK.dtype))
+        self.v_BGSK.index_copy_(2, self.positions_T, v_BGTK.detach().to(self.v_BGSK.dtype))
+        return self.k_BGSK[:, :, : self.end], self.v_BGSK[:, :, : self.end]
+
+
+def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v, (B, H, T, K); a query sees the keys that mask_TS allows.
+
+    Without a mask the queries are the last T of S positions, and each sees those up to its own.
+    Query head h reads key head h // (H/G) [4]. The scale is 1/sqrt(head_dim), not 1/sqrt(dim).
     """
     B, H, T, K = q_BHTK.shape
     G, S = k_BGSK.shape[1:3]
-    if q_BHTK.is_cuda or q_BHTK.dtype == torch.float32:
-        mask_TS = None  # one query, or as many as keys, needs no mask tensor
-        if 1 < T < S:
-            mask_TS = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).tril(S - T)
+    if T == 1 and torch.compiler.is_compiling():
+        return attend_one(q_BHTK, k_BGSK, v_BGSK, mask_TS)
+    if mask_TS is None and 1 < T and (T < S or not has_flash(q_BHTK)):
+        mask_TS = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).tril(S - T)
+    if has_flash(q_BHTK):  # one query, or as many as keys, needs no mask tensor
         return F.scaled_dot_product_attention(
-            q_BHTK, k_BGSK, v_BGSK, mask_TS, is_causal=T == S > 1, enable_gqa=H != G
+            q_BHTK, k_BGSK, v_BGSK, mask_TS, is_causal=mask_TS is None and T > 1, enable_gqa=H != G
         )
     # The same in three lines: torch's fused kernel is 2-3 times slower than this in bf16 on a CPU.
     # The H/G query heads of a group become rows of one product, so k and v are never repeated.
-    future_TS = torch.full((T, S), -torch.inf, dtype=q_BHTK.dtype).triu(S - T + 1)
     scores = (q_BHTK * K**-0.5).reshape(B, G, -1, K) @ k_BGSK.transpose(-2, -1)
-    probs = (scores.view(B, H, T, S) + future_TS).softmax(-1).view(B, G, -1, S)
-    return (probs @ v_BGSK).view(B, H, T, K)
+    scores_BHTS = scores.view(B, H, T, S)
+    if mask_TS is not None:
+        bias_TS = torch.zeros(T, S, dtype=scores.dtype, device=scores.device)
+        scores_BHTS = scores_BHTS + bias_TS.masked_fill(~mask_TS, -torch.inf)
+    return (scores_BHTS.softmax(-1).view(B, G, -1, S) @ v_BGSK).view(B, H, T, K)
+
+
+def attend_one(q_BH1K: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_1S: Tensor) -> Tensor:
+    """The same for one query, written as products and sums, which the compiler fuses."""
+    B, H, _, K = q_BH1K.shape
+    q_BGR1K = (q_BH1K.float() * K**-0.5).reshape(B, k_BGSK.shape[1], -1, 1, K)
+    scores_BGRS = (q_BGR1K * k_BGSK[:, :, None]).sum(-1)
+    probs_BGRS = scores_BGRS.masked_fill(~mask_1S, -torch.inf).softmax(-1)
+    y_BGRK = (probs_BGRS[..., None] * v_BGSK[:, :, None]).sum(-2)
+    return y_BGRK.view(B, H, 1, K).to(q_BH1K.dtype)
+
+
+def has_flash(x: Tensor) -> bool:
+    """Whether torch's fused attention is the faster one for x."""
+    return x.is_cuda or x.dtype == torch.float32
 
 
 class Attention(nn.Module):
@@ -218,14 +271,14 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.head_size = c.head_size
-        self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_size, bias=False)
-        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=False)
-        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_size, bias=False)
-        self.o_proj = nn.Linear(c.n_heads * c.head_size, c.dim, bias=False)
+        self.q_proj = Linear(c.dim, c.n_heads * c.head_size)
+        self.k_proj = Linear(c.dim, c.n_kv_heads * c.head_size)
+        self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_size)
+        self.o_proj = Linear(c.n_heads * c.head_size, c.dim)
         self.q_norm = RMSNorm(c.head_size, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_size, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x_BTD, cos_TK, sin_TK, cache: Cache | None = None, layer: int = 0):
+    def forward(self, x_BTD, cos_TK, sin_TK, mask_TS=None, cache: CacheLayer | None = None):
         B, T, _ = x_BTD.shape
         heads = (B, T, -1, self.head_size)
         q_BHTK = self.q_norm(self.q_proj(x_BTD).view(heads)).transpose(1, 2)
@@ -233,8 +286,8 @@ class Attention(nn.Module):
         v_BGTK = self.v_proj(x_BTD).view(heads).transpose(1, 2)
         q_BHTK, k_BGTK = rotate(q_BHTK, cos_TK, sin_TK), rotate(k_BGTK, cos_TK, sin_TK)
         if cache is not None:
-            k_BGTK, v_BGTK = cache.append(layer, k_BGTK, v_BGTK)
-        y_BHTK = attend(q_BHTK, k_BGTK, v_BGTK)
+            k_BGTK, v_BGTK = cache.append(k_BGTK, v_BGTK)
+        y_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, mask_TS)
         return self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -252,8 +305,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.gate_up_proj = nn.Linear(dim, 2 * hidden_dim, bias=False)
-        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+        self.gate_up_proj = Linear(dim, 2 * hidden_dim)
+        self.down_proj = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_up_proj(x)))
@@ -332,7 +385,13 @@ class Combine(torch.autograd.Function):
 
 
 def gather_sum(y_SD: Tensor, slot_NA: Tensor) -> Tensor:
-    return y_SD.index_select(0, slot_NA.flatten()).view(*slot_NA.shape, -1).sum(1)
+    """The sum over a of y_SD[slot_NA[:, a]].
+
+    A gathers and their sum, one kernel when compiled; a sum along A of one big gather runs at a
+    third of that speed, because A is much shorter than what a kernel's reduction is made for.
+    """
+    first, *others = (y_SD.index_select(0, slot_N) for slot_N in slot_NA.unbind(1))
+    return sum(others, first)
 
 
 def dispatch(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Tensor) -> Tensor:
@@ -342,25 +401,50 @@ def dispatch(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Ten
     >>> order_S = experts_NA.flatten().argsort(stable=True)  # pairs, those of expert 0 first
     >>> (order_S // 2).tolist()                              # token_S: whose copy each row is
     [0, 1, 1, 2, 0, 2]
-    >>> order_S.argsort().view(3, 2).tolist()                # slot_NA: where each copy went
+    >>> inverse(order_S).view(3, 2).tolist()                 # slot_NA: where each copy went
     [[4, 0], [1, 2], [5, 3]]
     """
     weights_NA = weights_NA.to(x_ND.dtype)
-    if len(x_ND) == 1 and not x_ND.is_cuda:  # a step of generation: nothing to sort
-        rows = zip(experts_NA[0].tolist(), weights_NA[0], strict=True)
-        return sum(expert(x_ND, w, experts.gate_up_proj[e], experts.down_proj[e]) for e, w in rows)
-    A, ids_E = experts_NA.shape[1], torch.arange(len(experts.down_proj), device=x_ND.device)
-    sorted_S, order_S = experts_NA.flatten().sort(stable=True)
-    ends_E = torch.searchsorted(sorted_S, ids_E, right=True, out_int32=True)
-    slot_NA, is_pair_S1 = order_S.argsort().view_as(experts_NA), None
+    if len(x_ND) == 1:
+        return dispatch_one(experts, x_ND, experts_NA[0], weights_NA[0])
+    A, n_experts = experts_NA.shape[1], len(experts.down_proj)
+    flat_S = experts_NA.flatten()
+    small = torch.uint8 if n_experts <= 256 else torch.int32  # a radix sort takes a pass a byte
+    order_S = flat_S.to(small).argsort(stable=True)
+    ends_E = count(flat_S, n_experts).cumsum(0, dtype=torch.int32)
+    slot_NA, is_pair_S1 = inverse(order_S).view_as(experts_NA), None
     if x_ND.dtype == torch.bfloat16 and not x_ND.is_cuda:
-        order_S, slot_NA, ends_E, is_pair_S1 = pad_groups(sorted_S, order_S, slot_NA, ends_E)
+        order_S, slot_NA, ends_E, is_pair_S1 = pad_groups(flat_S[order_S], order_S, slot_NA, ends_E)
     token_S = order_S.div(A, rounding_mode="floor")
     x_SD = Expand.apply(x_ND, token_S, slot_NA)
     weight_S1 = Expand.apply(weights_NA.view(-1, 1), order_S, slot_NA.view(-1, 1))
     if is_pair_S1 is not None:
         weight_S1 = weight_S1 * is_pair_S1
     return Combine.apply(experts(x_SD, weight_S1, ends_E), token_S, slot_NA)
+
+
+def dispatch_one(experts: Experts, x_1D: Tensor, experts_A: Tensor, weights_A: Tensor) -> Tensor:
+    """The same for the one token of a step of generation: nothing to sort."""
+    if not x_1D.is_cuda:
+        rows = zip(experts_A.tolist(), weights_A, strict=True)
+        return sum(expert(x_1D, w, experts.gate_up_proj[e], experts.down_proj[e]) for e, w in rows)
+    # A compiled step must not ask which experts these are: that would wait for the GPU. Written so,
+    # the compiler reads the chosen experts' weights where they lie, and only those.
+    gate_up_AF = (experts.gate_up_proj[experts_A] * x_1D).sum(-1, dtype=torch.float32)
+    h_AF = (swiglu(gate_up_AF) * weights_A[:, None]).to(x_1D.dtype)
+    y_AD = (experts.down_proj[experts_A] * h_AF[:, None]).sum(-1, dtype=torch.float32)
+    return y_AD.sum(0, keepdim=True).to(x_1D.dtype)
+
+
+def count(ids_S: Tensor, n: int) -> Tensor:
+    """How often each of 0..n-1 occurs; unlike bincount and unique it never waits for a GPU."""
+    return (ids_S[:, None] == torch.arange(n, device=ids_S.device)).sum(0)
+
+
+def inverse(order_S: Tensor) -> Tensor:
+    """The permutation that undoes order_S: argsort, without sorting."""
+    steps_S = torch.arange(len(order_S), device=order_S.device)
+    return torch.empty_like(order_S).scatter_(0, order_S, steps_S)
 
 
 def pad_groups(sorted_S, order_S, slot_NA, ends_E, multiple: int = 32):
@@ -387,6 +471,7 @@ def pad_groups(sorted_S, order_S, slot_NA, ends_E, multiple: int = 32):
 class Routing(NamedTuple):
     experts_NA: Tensor  # chosen experts, distinct within a row
     weights_NA: Tensor  # what each counts in the output; 0 where it is dropped
+    load_E: Tensor  # share of the choices that each expert got, before capacity
     loss: Tensor | float = 0.0  # weighted auxiliary losses, in training
     dropped: Tensor | float = 0.0  # share of choices lost to capacity
 
@@ -403,32 +488,61 @@ class Router(nn.Module):
         """(N, E) in fp32, whatever autocast says."""
         weight_ED = self.weight if weight_ED is None else weight_ED
         with torch.autocast(x_BTD.device.type, enabled=False):
-            return F.linear(x_BTD.flatten(0, -2).float(), weight_ED.float())
+            return product(x_BTD.flatten(0, -2).float(), weight_ED.float())
+
+    def load(self, experts_NA: Tensor) -> Tensor:
+        """What each expert got, (E,): in training of the whole batch, that of all GPUs."""
+        load_E = load_share(experts_NA, self.config.n_experts)
+        return global_mean(load_E) if self.training else load_E
 
     def update_bias(self, load_E: Tensor) -> None:
         """Called after each optimizer step; nothing to do where the loss keeps the balance."""
 
 
+def choose(scores_NE: Tensor, k: int) -> Tensor:
+    """The k experts with the highest scores, (N, k), best first. Choosing has no gradient.
+
+    Compiled, it is k rounds of argmax and mask, which are one kernel; topk would sort each row.
+    """
+    scores_NE = scores_NE.detach()
+    if not torch.compiler.is_compiling():
+        return scores_NE.topk(k).indices
+    ids_E, chosen = torch.arange(scores_NE.shape[-1], device=scores_NE.device), []
+    for _ in range(k):
+        chosen.append(scores_NE.argmax(-1, keepdim=True))
+        scores_NE = torch.where(ids_E == chosen[-1], -torch.inf, scores_NE)
+    return torch.cat(chosen, -1)
+
+
 def load_share(experts_NA: Tensor, n_experts: int) -> Tensor:
     """The share of all choices that each expert got, (E,); sums to 1, and has no gradient."""
-    ids_E = torch.arange(n_experts, device=experts_NA.device)
-    return (experts_NA.flatten()[:, None] == ids_E).float().mean(0)
+    return count(experts_NA.flatten(), n_experts) / experts_NA.numel()
 
 
-def balance_loss(probs_NE: Tensor, experts_NA: Tensor) -> Tensor:
+def global_mean(x: Tensor) -> Tensor:
+    """The mean over the processes of a run on several GPUs; x itself in one process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return x
+    from torch.distributed import _functional_collectives as collectives
+
+    total = collectives.all_reduce(x, "sum", torch.distributed.group.WORLD)
+    return collectives.wait_tensor(total) / torch.distributed.get_world_size()
+
+
+def balance_loss(probs_NE: Tensor, load_E: Tensor) -> Tensor:
     """E * sum_e f_e P_e [8, eq. 4-6]: f the share of choices, P the mean probability of expert e.
 
     1 when both are uniform, E/A when A experts share everything. f counts and has no gradient; P
     has one, and is pushed down most where f is large. Over the whole batch of one layer: balance
     within each sequence is not asked for, and leaves experts free to specialise.
 
-    >>> balance_loss(torch.full((2, 4), 0.25), torch.tensor([[0, 1], [2, 3]])).item()
+    >>> balance_loss(torch.full((2, 4), 0.25), load_share(torch.tensor([[0, 1], [2, 3]]), 4)).item()
     1.0
-    >>> balance_loss(torch.tensor([[1.0, 0, 0, 0]] * 2), torch.tensor([[0], [0]])).item()
+    >>> one = torch.tensor([1.0, 0, 0, 0])  # everything goes to one expert
+    >>> balance_loss(one.repeat(2, 1), load_E=one).item()
     4.0
     """
-    n_experts = probs_NE.shape[-1]
-    return n_experts * (load_share(experts_NA, n_experts) * probs_NE.mean(0)).sum()
+    return len(load_E) * (load_E * probs_NE.mean(0)).sum()
 
 
 def z_loss(logits_NE: Tensor) -> Tensor:
@@ -453,12 +567,13 @@ class TopK(Router):
 
     def forward(self, x_BTD: Tensor) -> Routing:
         c, logits_NE = self.config, self.logits(x_BTD)
-        top_logits_NA, experts_NA = logits_NE.topk(c.top_k)
-        routing = Routing(experts_NA, top_logits_NA.softmax(-1))
-        if not self.training:
-            return routing
-        loss = c.balance_weight * balance_loss(logits_NE.softmax(-1), experts_NA)
-        return routing._replace(loss=loss + c.z_weight * z_loss(logits_NE))
+        experts_NA = choose(logits_NE, c.top_k)
+        load_E = self.load(experts_NA)
+        weights_NA, loss = logits_NE.gather(1, experts_NA).softmax(-1), 0.0
+        if self.training:
+            loss = c.balance_weight * balance_loss(logits_NE.softmax(-1), load_E)
+            loss = loss + c.z_weight * z_loss(logits_NE)
+        return Routing(experts_NA, weights_NA, load_E, loss)
 
 
 class Noisy(Router):
@@ -488,19 +603,21 @@ class Noisy(Router):
 
     def forward(self, x_BTD: Tensor) -> Routing:
         c, clean_NE = self.config, self.logits(x_BTD)
+        noisy_NE = clean_NE
+        if self.training:
+            std_NE = F.softplus(self.logits(x_BTD, self.noise_weight))
+            noisy_NE = clean_NE + torch.randn_like(clean_NE) * std_NE
+        experts_NA = choose(noisy_NE, c.top_k)
+        weights_NA = noisy_NE.gather(1, experts_NA).softmax(-1)
+        load_E = self.load(experts_NA)
         if not self.training:
-            top_NA, experts_NA = clean_NE.topk(c.top_k)
-            return Routing(experts_NA, top_NA.softmax(-1))
-        std_NE = F.softplus(self.logits(x_BTD, self.noise_weight))
-        noisy_NE = clean_NE + torch.randn_like(clean_NE) * std_NE
-        top_NA, experts_NA = noisy_NE.topk(c.top_k)
-        weights_NA = top_NA.softmax(-1)
+            return Routing(experts_NA, weights_NA, load_E)
         importance_E = torch.zeros_like(clean_NE).scatter(1, experts_NA, weights_NA).sum(0)
         loss = cv_squared(importance_E)
         if c.top_k < c.n_experts:  # else every expert is always chosen, and their load is equal
             chosen_NE = (clean_NE - self.to_beat(noisy_NE, c.top_k)) / std_NE
             loss = loss + cv_squared(torch.special.ndtr(chosen_NE).sum(0))
-        return Routing(experts_NA, weights_NA, c.balance_weight * loss)
+        return Routing(experts_NA, weights_NA, load_E, c.balance_weight * loss)
 
 
 class Switch(Router):
@@ -538,8 +655,9 @@ class Switch(Router):
             capacity = math.ceil(factor * B * T / c.n_experts)
             full_N1 = self.place(experts_N1.view(B, T), c.n_experts).reshape(-1, 1) > capacity
             weights_N1, dropped = weights_N1.masked_fill(full_N1, 0), full_N1.float().mean()
-        loss = c.balance_weight * balance_loss(probs_NE, experts_N1) if self.training else 0.0
-        return Routing(experts_N1, weights_N1, loss, dropped)
+        load_E = self.load(experts_N1)
+        loss = c.balance_weight * balance_loss(probs_NE, load_E) if self.training else 0.0
+        return Routing(experts_N1, weights_N1, load_E, loss, dropped)
 
 
 class DeepSeek(Router):
@@ -577,21 +695,22 @@ class DeepSeek(Router):
             masked_NG = torch.ones_like(best_NG2[..., 0], dtype=torch.bool)
             masked_NG = masked_NG.scatter(1, allowed_NA, False)
             biased_NE = groups_NGE.masked_fill(masked_NG[..., None], -torch.inf).flatten(1)
-        return biased_NE.topk(c.top_k).indices
+        return choose(biased_NE, c.top_k)
 
     def forward(self, x_BTD: Tensor) -> Routing:
         c, scores_NE = self.config, self.logits(x_BTD).sigmoid()
         experts_NA = self.choose(scores_NE.detach() + self.bias)
+        load_E = self.load(experts_NA)
         scores_NA = scores_NE.gather(1, experts_NA)
         weights_NA = c.routed_scale * scores_NA / (scores_NA.sum(-1, keepdim=True) + 1e-20)
         if not self.training:
-            return Routing(experts_NA, weights_NA)
+            return Routing(experts_NA, weights_NA, load_E)
         # Eq. 18 counts the choice by score alone, without the bias: the loss evens out the scores.
         probs_BTE = (scores_NE / scores_NE.sum(-1, keepdim=True)).view(*x_BTD.shape[:2], -1)
         hot_NE = torch.zeros_like(scores_NE).scatter(1, self.choose(scores_NE.detach()), 1.0)
         share_BE = hot_NE.view_as(probs_BTE).mean(1) / c.top_k
         loss = c.n_experts * (share_BE * probs_BTE.mean(1)).sum(-1).mean()
-        return Routing(experts_NA, weights_NA, c.sequence_weight * loss)
+        return Routing(experts_NA, weights_NA, load_E, c.sequence_weight * loss)
 
 
 ROUTERS = {"topk": TopK, "noisy": Noisy, "switch": Switch, "deepseek": DeepSeek}
@@ -611,7 +730,7 @@ class MoE(nn.Module):
         routing = self.router(x_BTD)
         x_ND = x_BTD.flatten(0, 1).to(compute_dtype(x_BTD))
         y_ND = dispatch(self.experts, x_ND, routing.experts_NA, routing.weights_NA)
-        y_BTD = y_ND.view_as(x_BTD)
+        y_BTD = y_ND.view_as(x_BTD).to(x_BTD.dtype)
         return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), routing
 
 
@@ -632,7 +751,6 @@ class Block(nn.Module):
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer = layer
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
         self.attn = Attention(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
@@ -643,8 +761,8 @@ class Block(nn.Module):
         else:
             self.ffn = MoE(c)
 
-    def forward(self, x_BTD, cos_TK, sin_TK, cache: Cache | None = None):
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cos_TK, sin_TK, cache, self.layer)
+    def forward(self, x_BTD, cos_TK, sin_TK, mask_TS=None, cache: CacheLayer | None = None):
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cos_TK, sin_TK, mask_TS, cache)
         y_BTD, routing = self.ffn(self.ffn_norm(x_BTD)), None
         if isinstance(self.ffn, MoE):
             y_BTD, routing = y_BTD
@@ -654,7 +772,7 @@ class Block(nn.Module):
 class Output(NamedTuple):
     """What LaMoE.forward computed."""
 
-    logits: Tensor  # (B, T, V), fp32
+    logits: Tensor  # (B, T, V), in the dtype of matrix products
     loss: Tensor | None  # cross-entropy [nats a token]; None without targets
     aux: Tensor  # the routers' weighted losses, summed over layers
     load: Tensor  # (MoE layers, E): share of choices an expert got before capacity; rows sum to 1
@@ -671,7 +789,7 @@ class LaMoE(nn.Module):
         self.embed = nn.Embedding(c.vocab_size, c.dim)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layers))
         self.norm = RMSNorm(c.dim, c.norm_eps)
-        self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
+        self.head = Linear(c.dim, c.vocab_size)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
         cos, sin = rope_table(c.head_size, c.seq_len, c.rope_theta)
@@ -718,20 +836,26 @@ class LaMoE(nn.Module):
                 "eval_capacity_factor makes results depend on the batch, so it can't be used with "
                 "a cache; set it to None"
             )
-        cos_TK, sin_TK = self.cos[start : start + T], self.sin[start : start + T]
+        cos_TK, sin_TK, mask_TS, layers = self.cos[:T], self.sin[:T], None, [None] * c.n_layers
+        if cache is not None:
+            positions_T = cache.position + torch.arange(T, device=ids_BT.device)
+            layers = [cache.layer(i, positions_T) for i in range(c.n_layers)]
+            cos_TK, sin_TK = self.cos[positions_T], self.sin[positions_T]
+            if cache.whole:
+                seen_S = torch.arange(layers[0].end, device=ids_BT.device)
+                mask_TS = seen_S <= positions_T[:, None]
+            cache.length += T
+            cache.position += T
         x_BTD, routings = self.embed(ids_BT), []
-        for block in self.blocks:
-            x_BTD, routing = block(x_BTD, cos_TK, sin_TK, cache)
+        x_BTD = x_BTD.to(compute_dtype(x_BTD))
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x_BTD, routing = block(x_BTD, cos_TK, sin_TK, mask_TS, layer)
             if routing is not None:
                 routings.append(routing)
-        if cache is not None:
-            cache.length += T
-        logits_BTV, loss = self.head(self.norm(x_BTD)).float(), None
-        if targets_BT is not None:
-            loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+        logits_BTV, loss = self.predict(x_BTD, targets_BT)
         zero = torch.zeros((), device=ids_BT.device)
-        loads = [load_share(r.experts_NA, c.n_experts) for r in routings]
         experts = [r.experts_NA.view(*ids_BT.shape, -1) for r in routings]
+        loads = [r.load_E for r in routings]
         return Output(
             logits=logits_BTV,
             loss=loss,
@@ -740,6 +864,24 @@ class LaMoE(nn.Module):
             dropped=sum((r.dropped for r in routings), zero) / max(1, len(routings)),
             experts=torch.stack(experts) if return_experts and experts else None,
         )
+
+    def predict(self, x_BTD: Tensor, targets_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits, and their cross-entropy in fp32 where targets are given."""
+        logits_BTV = self.head(self.norm(x_BTD))
+        if targets_BT is None:
+            return logits_BTV, None
+        flat_NV = logits_BTV.flatten(0, 1)  # compiled, no copy of it in fp32 is ever made
+        loss = F.cross_entropy(flat_NV.float(), targets_BT.flatten())
+        return logits_BTV.detach(), loss  # else the compiled backward adds zeros, as large as they
+
+    def compile(self) -> None:
+        """Compiles the block, once for all layers since they share its code, and the loss.
+
+        `forward` and not the module, so that what FSDP hooks around a block stays outside.
+        """
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        self.predict = torch.compile(self.predict, fullgraph=True, dynamic=False)
 
     def update_bias(self, load_LE: Tensor) -> None:
         """After each optimizer step, with its load: some routers balance by a bias (DeepSeek)."""
@@ -759,33 +901,97 @@ class LaMoE(nn.Module):
         repetition_penalty: float = 1.0,
         stop: int | None = None,
         generator: torch.Generator | None = None,
+        graph: bool | None = None,
+        compile: bool = False,
     ):
         """Yields ids_B, one new token for each row, as they come.
 
         Ends after max_new_tokens, when the context is full, or when every row has produced the stop
-        token (a row that has goes on repeating it). All rows have the same length T.
+        token (a row that has goes on repeating it; on a GPU this is looked at every 16 tokens). All
+        rows have the same length T. On a GPU, `graph` captures a step as a CUDA graph (None: where
+        that pays) and `compile` compiles it before: some 20 s, then three times as fast. The same
+        generator gives the same text either way, up to rounding.
         """
         if self.training:
             raise ValueError("generate needs the model in evaluation mode; call model.eval() first")
-        B, T = ids_BT.shape
-        length = min(T + max_new_tokens, self.config.seq_len)
-        dtype = compute_dtype(self.embed.weight)
-        cache = Cache(self.config, B, length, ids_BT.device, dtype)
-        seen_BV = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=ids_BT.device)
-        done_B = torch.zeros(B, dtype=torch.bool, device=ids_BT.device)
-        new_BT = ids_BT  # prefill with the whole prompt, then one token at a time
-        for _ in range(min(max_new_tokens, self.config.seq_len - T)):
-            seen_BV.scatter_(1, new_BT, True)
-            logits_BV = self(new_BT, cache=cache).logits[:, -1]
-            logits_BV = penalize(logits_BV, seen_BV, repetition_penalty)
-            ids_B = sample(logits_BV, temperature, top_k, top_p, min_p, generator)
-            if stop is not None:
-                ids_B = torch.where(done_B, stop, ids_B)
-                done_B |= ids_B == stop
-            yield ids_B
-            if stop is not None and done_B.all():
+        T, n_new = ids_BT.shape[1], min(max_new_tokens, self.config.seq_len - ids_BT.shape[1])
+        filters = (temperature, top_k, top_p, min_p)
+        step = Step(self, len(ids_BT), T + max(0, n_new), filters, repetition_penalty, stop)
+        if graph or graph is None and ids_BT.is_cuda and n_new >= 64 and can_capture(self, ids_BT):
+            step.capture(compile)
+        for n in range(n_new):
+            if temperature:
+                step.noise_BV.exponential_(generator=generator)
+            if n == 0:  # prefill with the whole prompt, then one token at a time
+                step(ids_BT)
+            else:
+                step.next()
+            yield step.ids_B1[:, 0].clone()
+            look = not ids_BT.is_cuda or n % 16 == 15  # looking waits for the GPU
+            if stop is not None and look and step.done_B.all():
                 return
-            new_BT = ids_B[:, None]
+
+
+class Step:
+    """One step of generation, from the last token to the next, and the state it works on.
+
+    All state stays in the same memory, so that a step can be captured once as a CUDA graph and
+    replayed: the GPU then runs its hundreds of small kernels without waiting for Python.
+    """
+
+    def __init__(self, model: LaMoE, B: int, length: int, filters, repetition_penalty, stop):
+        device, V = model.embed.weight.device, model.config.vocab_size
+        self.model, self.filters, self.stop = model, filters, stop
+        self.repetition_penalty = repetition_penalty
+        self.cache = Cache(model.config, B, length, device, compute_dtype(model.embed.weight))
+        self.ids_B1 = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.seen_BV = torch.zeros(B, V, dtype=torch.bool, device=device)
+        self.done_B = torch.zeros(B, dtype=torch.bool, device=device)
+        self.noise_BV = torch.ones(B, V, device=device)
+        self.next = lambda: self(self.ids_B1)
+
+    def __call__(self, ids_BT: Tensor) -> None:
+        """Reads ids, leaves the next token of each row in ids_B1."""
+        self.seen_BV.scatter_(1, ids_BT, True)
+        self.ids_B1.copy_(self.pick(self.model(ids_BT, cache=self.cache).logits[:, -1]))
+
+    def pick(self, logits_BV: Tensor) -> Tensor:
+        """The next token of each row, (B, 1)."""
+        logits_BV = penalize(logits_BV.float(), self.seen_BV, self.repetition_penalty)
+        ids_B = sample(logits_BV, *self.filters, noise_BV=self.noise_BV)
+        if self.stop is not None:
+            ids_B = torch.where(self.done_B, self.stop, ids_B)
+            self.done_B |= ids_B == self.stop
+        return ids_B[:, None]
+
+    def capture(self, compile: bool) -> None:
+        """Makes `next` the replay of a CUDA graph. Before the first token: it writes rubbish."""
+        self.cache.whole = True
+        run = torch.compile(self.__call__, fullgraph=True, dynamic=False) if compile else self
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # outside the graph: kernels are chosen, memory is taken
+            for _ in range(3):
+                run(self.ids_B1)
+                self.reset()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run(self.ids_B1)
+        self.reset()
+        self.next = graph.replay
+
+    def reset(self) -> None:
+        self.cache.length = 0
+        for state in (self.cache.position, self.ids_B1, self.seen_BV, self.done_B):
+            state.zero_()
+
+
+def can_capture(model: LaMoE, ids_BT: Tensor) -> bool:
+    """Whether a step never asks the GPU for a number: not the loop over experts."""
+    rows, dtype = len(ids_BT), compute_dtype(model.embed.weight)
+    grouped = has_grouped_mm(torch.empty(0, device=ids_BT.device, dtype=dtype))
+    return rows == 1 or model.config.n_experts == 1 or grouped
 
 
 def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
@@ -799,12 +1005,15 @@ def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
     return torch.where(seen_BV, lower_BV, logits_BV)
 
 
-def sample(logits_BV, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None):
+def sample(
+    logits_BV, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None, noise_BV=None
+):
     """One id a row, (B,), drawn from softmax(logits / temperature) cut down by the filters.
 
     Temperature 0 takes the largest. top_k keeps the k most likely; min_p those with at least min_p
     times the probability of the most likely; top_p the fewest that together reach top_p (the token
-    that crosses it included, so never none).
+    that crosses it included, so never none). The draw is argmax(probs / noise) with noise from
+    Exponential(1): of exponential clocks with rates p, clock i rings first with probability p_i.
 
     >>> sample(torch.tensor([[1.0, 3.0, 2.0]]), temperature=0).tolist()
     [1]
@@ -824,7 +1033,9 @@ def sample(logits_BV, temperature=1.0, top_k=None, top_p=None, min_p=None, gener
         before_BV = probs_BV.cumsum(-1) - probs_BV  # mass of the tokens ahead of each
         sorted_BV = sorted_BV.masked_fill(before_BV >= max(top_p, 1e-9), -torch.inf)
         logits_BV = torch.empty_like(logits_BV).scatter(1, order_BV, sorted_BV)
-    return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]
+    if noise_BV is None:
+        noise_BV = torch.empty_like(logits_BV).exponential_(generator=generator)
+    return (logits_BV.softmax(-1) / noise_BV).argmax(-1)
 
 
 # --- 7. Counting: what a model holds, and what a token costs --------------------------------------

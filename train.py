@@ -36,6 +36,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 import lamoe
 from bpe import Tokenizer
@@ -56,7 +59,7 @@ class TrainConfig:
     dtype: str = "auto"  # of matrix products: bf16 or fp32; auto: bf16 where it is faster
     seed: int = 0  # of weights and of the order of batches
     steps: int = 850  # optimizer steps; 0: by preset
-    batch_size: int = 16  # windows a micro-step
+    batch_size: int = 16  # windows a micro-step, on all GPUs together
     grad_accum: int = 1  # micro-steps an optimizer step
     lr: float = 8e-3  # of AdamW, at its highest
     muon_lr: float = 0.02  # of Muon, at its highest [2]
@@ -66,6 +69,8 @@ class TrainConfig:
     eval_every: int = 0  # steps; 0: five times a run
     save_every: int = 0  # steps; 0: with each evaluation
     log_every: int = 10  # steps
+    compile: bool = False  # let torch.compile write the kernels: a GPU trains twice as fast
+    fsdp: bool = False  # under torchrun: shard experts and embeddings, where DDP copies them
 
     def __post_init__(self):
         whole, inf = {"eval_every": 0, "save_every": 0, "seed": 0}, math.inf
@@ -84,7 +89,7 @@ class TrainConfig:
 
 
 LAPTOP = {"qk_norm": True}
-GPU = {**LAPTOP, "steps": 1200, "batch_size": 64}
+GPU = {**LAPTOP, "steps": 1200, "batch_size": 64, "compile": True}
 PRESETS = {"laptop": LAPTOP, "gpu": GPU}
 # Text below so many bytes, and what suits it. A token must be met often to be learned, so small
 # texts get few; a short context makes many windows of them; and they are read several times over,
@@ -149,17 +154,21 @@ def windows(tokens: np.ndarray, eot: int, length: int) -> np.ndarray:
 class Batches:
     """Windows in a seeded order without replacement; batch i is a function of i alone."""
 
-    def __init__(self, tokens: np.ndarray, eot: int, length: int, size: int, seed: int):
+    def __init__(self, tokens: np.ndarray, eot: int, length: int, size: int, seed: int, ranks):
         self.tokens, self.length, self.size, self.seed = tokens, length, size, seed
+        self.rows = range(ranks.rank, size, ranks.world)  # those of this process
         last = len(tokens) - 1 - length  # the text's last window moves back to be full
         self.starts = np.unique(np.minimum(windows(tokens, eot, length)[:, 0], last))
         self.epoch, self.order = -1, None
 
     def __call__(self, i: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of batch i, (B, T) each."""
-        rows = [self.start(i * self.size + row) for row in range(self.size)]
-        ids = self.tokens[np.array(rows)[:, None] + np.arange(self.length + 1)]
-        ids = torch.from_numpy(ids.astype(np.int64)).to(device)
+        """Inputs and targets of batch i, (B, T) each: this process's share of its rows."""
+        starts = [self.start(i * self.size + row) for row in self.rows]
+        ids = self.tokens[np.array(starts)[:, None] + np.arange(self.length + 1)]
+        ids = torch.from_numpy(ids.astype(np.int64))
+        if device == "cuda":  # from pinned memory the copy runs beside the step before
+            ids = ids.pin_memory()
+        ids = ids.to(device, non_blocking=True)
         return ids[:, :-1], ids[:, 1:]
 
     def start(self, n: int) -> int:
@@ -218,19 +227,66 @@ def evaluate(model, ids, spans, tokenizer, settings: TrainConfig, kinds=None) ->
 # --- 4. Optimizers and schedule -------------------------------------------------------------------
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal [2]: no direction of a matrix is learned slowly.
+
+    A Newton-Schulz iteration in bf16 pushes all singular values of the momentum near 1. torch's own
+    Muon does the same matrix by matrix; here those of one shape go through it as one batch, a
+    dozen kernels instead of hundreds.
+    """
+
+    def __init__(self, matrices, lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for weight in (weight for weight in group["params"] if weight.grad is not None):
+                by_shape.setdefault(weight.shape, []).append(weight)
+            for (rows, columns), weights in by_shape.items():
+                for weight in weights:
+                    if not self.state[weight]:
+                        self.state[weight]["momentum"] = torch.zeros_like(weight)
+                momenta = [self.state[weight]["momentum"] for weight in weights]
+                grads = [weight.grad for weight in weights]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
+                steps = list(orthogonal(torch.stack(ahead).bfloat16()).to(weights[0].dtype))
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                rate = group["lr"] * max(1, rows / columns) ** 0.5
+                torch._foreach_add_(weights, steps, alpha=-rate)
+
+
+def orthogonal(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """U V^T, nearly, of each matrix U S V^T of a batch: singular values within 0.7 to 1.2 [2].
+
+    Each step maps every singular value s to a s + b s^3 + c s^5, which needs products only.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        update = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, update, x, beta=3.4445)
+    return x.mT if tall else x
+
+
 def make_optimizers(model: lamoe.LaMoE, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon [2] on the attention matrices, AdamW [1] on the rest; norms are not decayed.
 
-    Muon turns a matrix's momentum into the nearest orthogonal one, so that no direction is learned
-    slowly. It pays on square matrices; on experts it costs more time than it gains at this size.
+    Muon pays on square matrices; on experts it costs more time than it gains at this size.
     """
-    attention, matrices, vectors = [], [], []
+    attention, sharded, routers, vectors = [], [], [], []
     for name, weight in model.named_parameters():
-        group = vectors if weight.dim() < 2 else attention if ".attn." in name else matrices
-        group.append(weight)
+        kind = routers if ".router." in name else sharded if is_sharded(name) else attention
+        (vectors if weight.dim() < 2 else kind).append(weight)
     decay = config.weight_decay
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    muon = torch.optim.Muon(attention, lr=config.muon_lr, weight_decay=decay)
+    groups = [{"params": matrices, "weight_decay": decay} for matrices in (sharded, routers)]
+    groups = [group for group in groups if group["params"]]
+    groups.append({"params": vectors, "weight_decay": 0.0})
+    muon = Muon(attention, config.muon_lr, decay)
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
     for group in (*muon.param_groups, *adamw.param_groups):
         group["highest_lr"] = group["lr"]
@@ -526,7 +582,106 @@ def say_in_place(text: str) -> None:
         print(f"{text[:79]:79}", end="\r", flush=True)
 
 
-# --- 7. The loop ----------------------------------------------------------------------------------
+# --- 7. Several GPUs ------------------------------------------------------------------------------
+# `torchrun --nproc_per_node N train.py` starts N processes, the ranks, and tells each its number.
+# Every rank takes its share of each batch and averages gradients with the others, so that the run
+# is the one of a single process with the same flags. Only rank 0 writes and speaks.
+# Two things differ, for both ask about a whole batch while the layer runs: `noisy` takes its CV^2,
+# and `switch` hands out its places, within the batch of each rank.
+
+
+class Ranks(typing.NamedTuple):
+    rank: int = 0
+    world: int = 1
+
+
+RANKS = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def join(device: str) -> None:
+    """Meets the other ranks; each takes the GPU of its number on this host."""
+    if RANKS.world == 1:
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def is_sharded(name: str) -> bool:
+    """Whether FSDP shards this parameter: experts and embeddings, nearly all of the weights.
+
+    The rest stays whole on every rank: attention because Muon needs whole matrices, the router
+    because it stays in fp32.
+    """
+    return any(part in name for part in (".ffn.", "embed.", "head.")) and ".router." not in name
+
+
+def spread(model: lamoe.LaMoE, settings: TrainConfig):
+    """The model as this rank runs it: itself, a copy kept equal (DDP), or in shards (FSDP2)."""
+    if RANKS.world == 1:
+        return model.to(settings.device)
+    if not settings.fsdp:
+        model.to(settings.device)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    whole = {weight for name, weight in model.named_parameters() if not is_sharded(name)}
+    dtype = torch.bfloat16 if settings.dtype == "bf16" else None
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    mesh = dist.device_mesh.init_device_mesh(settings.device, (RANKS.world,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    return model.to(settings.device)
+
+
+def synchronize(parallel, on: bool):
+    """A context in which backward averages gradients over the ranks, or leaves that for later."""
+    if hasattr(parallel, "set_requires_gradient_sync"):  # FSDP
+        parallel.set_requires_gradient_sync(on)
+    return parallel.no_sync() if hasattr(parallel, "no_sync") and not on else nullcontext()
+
+
+def average_whole(parallel) -> None:
+    """Averages the gradients that FSDP leaves alone: those of the parameters kept whole."""
+    if not hasattr(parallel, "set_requires_gradient_sync"):
+        return
+    grads = [p.grad for p in parallel.parameters() if not is_shard(p) and p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    parts = (flat / RANKS.world).split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
+
+
+def is_shard(x) -> bool:
+    return hasattr(x, "full_tensor")
+
+
+def clip(parameters, most: float) -> torch.Tensor:
+    """Scales gradients down to a norm of at most `most`; returns the norm, of all shards."""
+    parameters = [p for p in parameters if p.grad is not None]
+    parts = [[p for p in parameters if is_shard(p) == of_shards] for of_shards in (False, True)]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in part]) for part in parts if part]
+    norms = [norm.full_tensor() if is_shard(norm) else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    for part in filter(None, parts):
+        torch.nn.utils.clip_grads_with_norm_(part, most, total)
+    return total
+
+
+def gathered(state):
+    """A state dict with every shard made whole: the same file whatever the number of ranks."""
+    return tree_map(lambda x: x.full_tensor() if is_shard(x) else x, state)
+
+
+def mean_of_ranks(x: torch.Tensor) -> torch.Tensor:
+    if RANKS.world > 1:
+        dist.all_reduce(x)
+        x /= RANKS.world
+    return x
+
+
+# --- 8. The loop ----------------------------------------------------------------------------------
 
 
 class Meter:
@@ -543,7 +698,7 @@ class Meter:
     def add(self, out: lamoe.Output) -> None:
         one = torch.ones_like(out.loss)
         self.scalars[:4] += torch.stack([one, out.loss, out.aux, out.dropped])
-        self.load += out.load
+        self.load += out.load  # already that of all ranks
 
     def row(self) -> dict:
         """Columns of the log; a dense model has no load."""
@@ -566,24 +721,50 @@ def autocast(settings: TrainConfig):
     return torch.autocast(settings.device, torch.bfloat16, enabled=on)
 
 
-def update(model, optimizers, batches: Batches, meter: Meter, settings: TrainConfig, step: int):
-    """One optimizer step: rates, micro-steps, clip, step."""
+def update(parallel, optimizers, batches: Batches, meter: Meter, settings: TrainConfig, step: int):
+    """One optimizer step: rates, micro-steps, clip, step. Never waits for a GPU."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, settings) * group["highest_lr"]
     load_LE = 0.0
     for micro in range(settings.grad_accum):
         inputs, targets = batches(step * settings.grad_accum + micro, settings.device)
-        with autocast(settings):
-            out = model(inputs, targets)
-        ((out.loss + out.aux) / settings.grad_accum).backward()
+        with synchronize(parallel, on=micro == settings.grad_accum - 1):
+            with autocast(settings):
+                out = parallel(inputs, targets)
+            ((out.loss + out.aux) / settings.grad_accum).backward()
         meter.add(out)
         load_LE = load_LE + out.load
-    meter.scalars[4] = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        del out  # the logits, before the optimizer needs memory
+    average_whole(parallel)
+    meter.scalars[4] = clip(parallel.parameters(), settings.clip)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    model.update_bias(load_LE)  # the load of the whole step, for a router that balances by bias
+    getattr(parallel, "module", parallel).update_bias(load_LE)  # routers that balance by a bias
+
+
+def compile_blocks(model, parallel, batches: Batches, settings: TrainConfig) -> None:
+    """Compiles the model, and runs it once, so that no step of the log has that time in it."""
+    if not settings.compile:
+        return
+    started, rng = time.perf_counter(), [torch.get_rng_state(), torch.cuda.get_rng_state()]
+    say("compile    writing kernels; once, under a minute")
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=settings.device))
+    except Exception as error:  # whatever a missing compiler makes of it
+        say(f"           no compiler here ({str(error).splitlines()[0][:50]}): slower without")
+        return
+    model.compile()
+    inputs, targets = batches(0, settings.device)
+    with autocast(settings):
+        out = parallel(inputs, targets)
+    (out.loss + out.aux).backward()
+    for weight in model.parameters():
+        weight.grad = None
+    torch.set_rng_state(rng[0])
+    torch.cuda.set_rng_state(rng[1])
+    say(f"           done in {time.perf_counter() - started:.0f} s")
 
 
 def train(given: dict, resume: bool) -> None:
@@ -709,7 +890,7 @@ def stop_on_ctrl_c() -> list:
     return pressed
 
 
-# --- 8. What a person sees ------------------------------------------------------------------------
+# --- 9. What a person sees ------------------------------------------------------------------------
 
 
 def introduce(model, settings: TrainConfig, data: Data, folder: Path) -> None:
