@@ -22,8 +22,10 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import hashlib
 import inspect
 import itertools
+import json
 import math
 import os
 import re
@@ -31,6 +33,7 @@ import signal
 import sys
 import time
 import typing
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +42,7 @@ import torch
 
 import lamoe
 from bpe import Tokenizer
-from data import datasets
+from data import datasets, tokens
 
 # --- 1. What can be chosen: fields are flags ------------------------------------------------------
 
@@ -48,7 +51,8 @@ from data import datasets
 class TrainConfig:
     """How to train; lamoe.Config says what."""
 
-    data: str = "stories"  # the embedded corpus, a text file, or a folder of .txt
+    data: str = "stories"  # an embedded corpus, a public set, a file, folder or zip; or A,B,C
+    text_column: str = ""  # of csv and jsonl files; empty: guessed
     out: str = ""  # the run's folder; empty: runs/ and the data's name
     device: str = "auto"  # auto, cpu, cuda or mps
     preset: str = ""  # laptop or gpu; empty: by device
@@ -66,6 +70,7 @@ class TrainConfig:
     eval_every: int = 0  # steps; 0: five times a run
     save_every: int = 0  # steps; 0: with each evaluation
     log_every: int = 10  # steps
+    track: str = ""  # mlflow: log there too, into ./mlruns or MLFLOW_TRACKING_URI
 
     def __post_init__(self):
         whole, inf = {"eval_every": 0, "save_every": 0, "seed": 0}, math.inf
@@ -76,7 +81,8 @@ class TrainConfig:
         for name, (least, most) in ranges.items():
             if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"{name}={value} must be from {least} to {most}")
-        for name, known in (("tokenizer", ("bpe", "bytes")), ("dtype", ("auto", "bf16", "fp32"))):
+        choices = {"tokenizer": ("bpe", "bytes"), "dtype": ("auto", "bf16", "fp32")}
+        for name, known in (choices | {"track": ("", "mlflow")}).items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; try one of {known}")
         self.eval_every = self.eval_every or max(1, self.steps // 5)
@@ -106,6 +112,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
     parser = OneLine("train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument(
+        "--plot", nargs="+", metavar="RUN", help="draw runs into one picture, --out"
+    )
     for cls in CLASSES:
         group = parser.add_argument_group(cls.__name__)
         meaning = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.M))
@@ -136,14 +145,29 @@ def windows(tokens: np.ndarray, eot: int, length: int) -> np.ndarray:
     start in mid-story would ask the model for names it was never told. Between a window's start and
     the next one's, each token is met exactly once: the span that evaluation scores.
     """
-    documents = np.flatnonzero(tokens[:-1] == eot)  # ids[documents[i]] is the token before text i
-    spans, start = [], 0
-    while start < len(tokens) - 1:
-        last = documents[np.searchsorted(documents, start + length, side="right") - 1]
-        end = min(last if last > start else start + length, len(tokens) - 1)
-        spans.append((start, end))
-        start = end
-    return np.array(spans)
+    documents, last = document_starts(tokens[:-1], eot), len(tokens) - 1
+    documents.append(last + length)  # beyond every window
+    starts, i = array("q", [0]), 0  # documents[i]: the last one that starts inside the window
+    while (start := starts[-1]) < last:
+        while documents[i + 1] <= start + length:
+            i += 1
+        starts.append(min(documents[i] if documents[i] > start else start + length, last))
+    return np.stack([starts[:-1], starts[1:]], axis=1)
+
+
+def document_starts(tokens: np.ndarray, eot: int, block: int = 1 << 22) -> array:
+    """Positions of eot: position p is the token before the text that starts at p + 1.
+
+    Of a mapped file, blocks are read beside the mapping: pages that it touched would stay.
+    """
+    found = array("q")
+    for at in range(0, len(tokens), block):
+        part = tokens[at : at + block]
+        if isinstance(tokens, np.memmap):
+            place = tokens.offset + at * tokens.itemsize
+            part = np.fromfile(tokens.filename, tokens.dtype, len(part), offset=place)
+        found.frombytes((np.flatnonzero(part == eot) + at).astype(np.int64).tobytes())
+    return found
 
 
 class Batches:
@@ -168,12 +192,6 @@ class Batches:
             generator = np.random.default_rng((self.seed, epoch))
             self.epoch, self.order = epoch, generator.permutation(self.starts)
         return self.order[position]
-
-
-def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    """One flat array of ids: <|endoftext|> first, and after each document."""
-    ids = tokenizer.encode_array(documents)
-    return np.concatenate([np.array([tokenizer.eot], ids.dtype), ids])
 
 
 # --- 3. Evaluation: bits per byte, and where they go ----------------------------------------------
@@ -361,19 +379,27 @@ class Data(typing.NamedTuple):
     val_ids: np.ndarray
     spans: np.ndarray  # windows of val_ids that begin at documents
     floor: float | None  # bits per byte that no model can beat, where the source is known
+    source_of_byte: np.ndarray | None  # of the validation text, where there is more than one
 
 
 def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) -> Data:
-    """Text -> tokenizer (the checkpoint's, if there is one) -> ids -> windows."""
-    n_bytes = sum(len(document.encode()) for document in corpus.train)
+    """Text -> tokenizer (the checkpoint's, if there is one) -> ids on disk -> windows."""
+    n_bytes = corpus.train.n_bytes
     say(f"data       {settings.data}: {corpus.how}; {n_bytes / 1e6:.1f} MB to train on")
-    if saved:
-        tokenizer = Tokenizer.from_state(saved["tokenizer"])
-    elif settings.tokenizer == "bytes":
-        tokenizer = Tokenizer([])
-    else:
-        tokenizer = Tokenizer.train(corpus.train, known["vocab_size"], say_in_place)
-    train_ids, val_ids = encode(tokenizer, corpus.train), encode(tokenizer, corpus.val)
+    if saved and saved["text"] != corpus.key:
+        raise ValueError(
+            f"the text of {settings.data} is not the one this run began with; bring that back, or "
+            f"start a new run with another --out"
+        )
+    tokenizer = Tokenizer.from_state(saved["tokenizer"]) if saved else None
+    tokenizer = tokenizer or make_tokenizer(settings, known, corpus.train)
+    name = hashlib.sha256(json.dumps(tokenizer.state()).encode()).hexdigest()[:12]
+    train_ids, val_ids = (
+        tokens.encode(
+            side, tokenizer, datasets.CACHE / f"{corpus.key}-{name}-{of}.ids", say_in_place
+        )
+        for of, side in (("train", corpus.train), ("val", corpus.val))
+    )
     length = known["seq_len"]
     if min(len(train_ids), len(val_ids)) < length + 2:
         raise ValueError(
@@ -390,8 +416,39 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) ->
     if corpus.floor_bits is not None:
         floor = corpus.floor_bits.sum() / len(corpus.kind_of_byte)
     spans = windows(val_ids, tokenizer.eot, length)
-    corpus = corpus._replace(train=[], val=[])  # from here on ids are enough
-    return Data(tokenizer, batches, corpus, val_ids, spans, floor)
+    sources = source_of_byte(val_ids, tokenizer, corpus) if len(corpus.sources) > 1 else None
+    return Data(tokenizer, batches, corpus, val_ids, spans, floor, sources)
+
+
+SAMPLE = 100_000_000  # bytes: a tokenizer learns nothing new from more
+
+
+def make_tokenizer(settings: TrainConfig, known: dict, documents) -> Tokenizer:
+    if settings.tokenizer == "bytes":
+        return Tokenizer([])
+    every = math.ceil(documents.n_bytes / SAMPLE)
+    if every > 1:
+        say(f"tokenizer  learns from every {every}th document, of {SAMPLE / 1e6:.0f} MB in all")
+    sample = itertools.islice(documents, 0, None, every)
+    return Tokenizer.train(sample, known["vocab_size"], say_in_place)
+
+
+def source_of_byte(val_ids: np.ndarray, tokenizer: Tokenizer, corpus) -> np.ndarray:
+    """For each byte of the validation text, separators included, an index into corpus.sources."""
+    ends = np.flatnonzero(val_ids[1:] == tokenizer.eot)
+    bytes_till = np.cumsum(tokenizer.byte_lengths[val_ids[1:]])[ends]
+    return np.repeat(corpus.val.sources, np.diff(bytes_till, prepend=0))
+
+
+def by_source(score: Score, data: Data) -> dict:
+    """Columns of the log: bits per byte of each source, if evaluate was given source_of_byte."""
+    if data.source_of_byte is None:
+        return {}
+    n_bytes = np.bincount(data.source_of_byte, minlength=len(score.bits_of_kind))
+    names = enumerate(data.corpus.sources)
+    return {
+        f"val_bpb_{name}": score.bits_of_kind[i] / n_bytes[i] for i, name in names if n_bytes[i]
+    }
 
 
 def settle(given: dict, saved: dict | None, corpus) -> tuple[TrainConfig, dict]:
@@ -411,8 +468,7 @@ def settle(given: dict, saved: dict | None, corpus) -> tuple[TrainConfig, dict]:
     preset = given.get("preset") or ("gpu" if device == "cuda" else "laptop")
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is unknown; try one of {sorted(PRESETS)}")
-    size = sum(map(len, corpus.train))
-    by_text = next(suits for limit, suits in TEXTS if size < limit)
+    by_text = next(suits for limit, suits in TEXTS if corpus.train.n_bytes < limit)
     flags = {name: value for name, value in given.items() if (name, value) != ("steps", 0)}
     known = {**PRESETS[preset], **by_text, **flags}
     settings = fill(TrainConfig, {**known, "device": device, "preset": preset})
@@ -498,7 +554,16 @@ def old_folder(given: dict) -> Path:
 def usable_checkpoint(folder: Path) -> dict | None:
     try:
         saved = lamoe.read(folder / "last.pt")
-        needed = {"given", "train_config", "tokenizer", "optimizers", "meter", "rng", "done"}
+        needed = {
+            "given",
+            "train_config",
+            "tokenizer",
+            "text",
+            "optimizers",
+            "meter",
+            "rng",
+            "done",
+        }
         if missing := needed - saved.keys():
             raise ValueError(f"{folder}/last.pt lacks {sorted(missing)}")
         lamoe.build(saved, folder / "last.pt")  # config, weights and tokenizer fit this version
@@ -591,8 +656,8 @@ def train(given: dict, resume: bool) -> None:
     folder = old_folder(given) if resume else new_folder(given)
     held = lock(folder) if resume else None
     saved = usable_checkpoint(folder) if resume else None
-    data_name = saved["train_config"]["data"] if saved else given.get("data", TrainConfig.data)
-    corpus = datasets.read(data_name)
+    asked = saved["train_config"] if saved else {**vars(TrainConfig()), **given}
+    corpus = datasets.read(asked["data"], asked["text_column"], progress=say_in_place)
     settings, known = settle(given, saved, corpus)
     data = load_data(settings, known, saved, corpus)
     config = lamoe.Config(**{**known, "vocab_size": data.tokenizer.vocab_size})
@@ -629,8 +694,10 @@ def train(given: dict, resume: bool) -> None:
         row = {"step": step, **meter.row()}  # reading the meter waits for the device
         done["seconds"] += time.perf_counter() - started
         if evaluating:
-            score = evaluate(model, data.val_ids, data.spans, data.tokenizer, settings)
+            kinds = data.source_of_byte
+            score = evaluate(model, data.val_ids, data.spans, data.tokenizer, settings, kinds)
             row |= {"val_loss": score.loss, "val_bits_per_byte": score.bits_per_byte}
+            row |= by_source(score, data)
         if not all(map(math.isfinite, row.values())):
             raise ValueError(not_finite(step, folder, settings))
         if evaluating and score.bits_per_byte < done["best"]:
@@ -671,6 +738,7 @@ def save(path, model, data: Data, settings, given, done: dict, optimizers=None, 
         "train_config": dataclasses.asdict(settings),
         "given": {k: v for k, v in given.items() if k != "out"},  # what a resume compares
         "tokenizer": data.tokenizer.state(),
+        "text": data.corpus.key,  # what it trains on: a resume notices another text
         "model": model.state_dict(),
         "done": done,
     }
