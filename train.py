@@ -24,6 +24,7 @@ import ctypes
 import dataclasses
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -42,7 +43,8 @@ import torch
 
 import lamoe
 from bpe import Tokenizer
-from data import datasets, tokens
+from data import datasets
+from data.tokens import encode
 
 # --- 1. What can be chosen: fields are flags ------------------------------------------------------
 
@@ -277,62 +279,194 @@ COLUMNS += ["load_max_over_mean", "dead_experts", "dropped", "tokens_per_s", "se
 
 
 class Log:
-    """log.csv: one row a log step, flushed at once; rows after `step` are cut on resume."""
+    """A csv of the run, flushed row by row; on resume, rows after `step` and a torn one go."""
 
-    def __init__(self, path: Path, step: int):
-        rows = []
-        if step and path.exists():
-            with open(path, newline="") as file:
-                whole = [row for row in csv.DictReader(file) if row["seconds"]]  # not a torn line
-                rows = [row for row in whole if int(row["step"]) <= step]
+    def __init__(self, path: Path, step: int, columns: list[str]):
+        rows = [row for row in read_csv(path) if int(row["step"]) <= step] if step else []
         temporary = path.with_suffix(".tmp")
         with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
         os.replace(temporary, path)
         self.file = open(path, "a", newline="")  # noqa: SIM115 - open as long as the run
-        self.writer = csv.DictWriter(self.file, COLUMNS)
+        self.writer = csv.DictWriter(self.file, columns)
 
-    def write(self, row: dict) -> None:
-        self.writer.writerow({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
+    def write(self, *rows: dict) -> None:
+        for row in rows:
+            values = {k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()}
+            self.writer.writerow(values)
         self.file.flush()
 
 
-def draw(folder: Path, floor: float | None) -> str:
-    """loss.png from log.csv; returns its path, or how to get it."""
+def read_csv(path: Path) -> list[dict]:
+    """The rows of a log; none if it isn't there. A line without its end was torn: left out."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(io.StringIO(file.read().rpartition("\n")[0])))
+
+
+def import_pyplot():
+    """matplotlib's pyplot, drawing into files; ValueError says how to get it."""
     try:
         import matplotlib
     except ImportError:
-        return 'none: install matplotlib for it: pip install -e ".[plot]"'
+        raise ValueError('install matplotlib for it: pip install -e ".[plot]"') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with open(folder / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    scored = [row for row in rows if row["val_loss"]]
-    per_nat = float(scored[-1]["val_bits_per_byte"]) / float(scored[-1]["val_loss"])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    steps = [int(row["step"]) for row in rows]
-    train = [float(row["train_loss"]) * per_nat for row in rows]
+    return pyplot
+
+
+def draw(folder: Path, floor: float | None) -> Path:
+    """loss.png from log.csv and load.csv."""
+    pyplot = import_pyplot()
+    rows, loads = read_csv(folder / "log.csv"), read_csv(folder / "load.csv")
+    lines = len(loads) * (len(loads[0]) - 2) // len(rows) if loads else 0  # layers x experts
+    heights = [3.6, min(6.0, 1.2 + 0.12 * lines)] if loads else [3.6]
+    figure = pyplot.figure(figsize=(10, sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    left, right = (figure.add_subplot(grid[0, i]) for i in (0, 1))
+    steps, train, scored, val = bits_per_byte(rows)
     left.plot(steps, train, color="0.6", linewidth=1, label="training")
-    val = [float(row["val_bits_per_byte"]) for row in scored]
     left.plot([int(row["step"]) for row in scored], val, "o-", color="C0", label="validation")
-    top = 3 * min(val)
     if floor is not None:
         left.axhline(floor, color="C3", linestyle="--", label=f"floor {floor:.3f}")
         left.annotate(
             f"{val[-1]:.3f}", (steps[-1], val[-1]), (0, 8), textcoords="offset points", ha="right"
         )
-    left.set(xlabel="step", ylabel="bits per byte", ylim=(0, top), title="Loss")
+    left.set(xlabel="step", ylabel="bits per byte", ylim=(0, 3 * min(val)), title="Loss")
     left.legend()
     right.plot(steps, [float(row["load_max_over_mean"] or 1) for row in rows], color="C0")
     right.axhline(1, color="C3", linestyle="--", label="perfect balance")
     right.set(xlabel="step", ylim=(0, None), title="Load of the busiest expert over the mean")
     right.legend()
+    if loads:
+        draw_loads(figure, figure.add_subplot(grid[1, :]), loads)
     figure.savefig(folder / "loss.png", dpi=120)
     pyplot.close(figure)
-    return str(folder / "loss.png")
+    return folder / "loss.png"
+
+
+def bits_per_byte(rows: list[dict]) -> tuple:
+    """Steps and training loss of all rows, rows with a validation, their loss; in bits a byte."""
+    scored = [row for row in rows if row["val_loss"]]
+    per_nat = float(scored[-1]["val_bits_per_byte"]) / float(scored[-1]["val_loss"])
+    train = [float(row["train_loss"]) * per_nat for row in rows]
+    val = [float(row["val_bits_per_byte"]) for row in scored]
+    return [int(row["step"]) for row in rows], train, scored, val
+
+
+def draw_loads(figure, axes, loads: list[dict]) -> None:
+    """A line for each expert of each layer: its share of the choices over time.
+
+    The colours grow evenly brighter: they can be told apart in grey and by colour-blind eyes.
+    """
+    steps = sorted({int(row["step"]) for row in loads})
+    n_layers, n_experts = len(loads) // len(steps), len(loads[0]) - 2
+    share = [[float(row[str(e)]) for e in range(n_experts)] for row in loads]
+    share = np.array(share).reshape(len(steps), n_layers * n_experts)
+    mesh = axes.pcolormesh(
+        [0, *steps], range(n_layers * n_experts + 1), share.T, cmap="cividis", vmin=0, vmax=2
+    )
+    for layer in range(1, n_layers):
+        axes.axhline(layer * n_experts, color="white", linewidth=3)
+    middles = [(layer + 0.5) * n_experts for layer in range(n_layers)]
+    axes.set_yticks(middles, [f"layer {layer}" for layer in range(n_layers)])
+    axes.invert_yaxis()
+    axes.set(xlabel="step", title=f"Load of the {n_experts} experts of each layer, a line each")
+    figure.colorbar(mesh, ax=axes, extend="max", label="1 is an equal share", pad=0.01)
+
+
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito's
+
+
+def plot(runs: list[str], out: str) -> Path:
+    """One picture of several runs: bits per byte against steps and against seconds."""
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    top = 0.0
+    for i, run in enumerate(runs):
+        rows = read_csv(Path(run) / "log.csv")
+        if not any(row["val_loss"] for row in rows):
+            raise ValueError(f"{run} has no evaluation in its log.csv; name the folder of a run")
+        _, train, scored, val = bits_per_byte(rows)
+        top = max(top, 1.6 * min(val))
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": "osD^vPX"[i % 7]}
+        for ax, x in zip(axes, ("step", "seconds"), strict=True):
+            ax.plot([float(row[x]) for row in rows], train, color=style["color"], alpha=0.3, lw=1)
+            ax.plot([float(row[x]) for row in scored], val, label=f"{run}: {min(val):.3f}", **style)
+            ax.set(xlabel=x, ylim=(0, top))
+    axes[0].set(ylabel="bits per byte")
+    axes[0].legend(title="validation, at its best (pale: training)")
+    path = Path(out or "plot.png")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def sparkline(values: list[float], width: int = 60) -> str:
+    """The values as a line of text, first to last: means of at most `width` groups of them.
+
+    >>> sparkline([3.0, 2.0, 1.0])
+    '█▄▁'
+    """
+    groups = [part.mean() for part in np.array_split(values, min(width, len(values)))]
+    low, span = min(groups), max(groups) - min(groups) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * (v - low) / span)] for v in groups)
+
+
+class Tracker:
+    """--track mlflow: configuration, log, picture and checkpoint, kept there too.
+
+    What goes wrong before the training is an error. What goes wrong later is said, and the run goes
+    on without it: log.csv has everything.
+    """
+
+    def __init__(self, name: str):
+        self.mlflow = None
+        if name:
+            try:
+                import mlflow
+            except ImportError:
+                raise ValueError('--track mlflow needs it: pip install -e ".[track]"') from None
+            self.mlflow = mlflow
+
+    def start(self, settings: TrainConfig, config: lamoe.Config, folder: Path, done: dict) -> None:
+        """Goes on with the run that `done` names, else begins one and names it there."""
+        if not self.mlflow:
+            return
+        try:
+            if "MLFLOW_TRACKING_URI" not in os.environ:  # a folder here: no server needed
+                self.mlflow.set_tracking_uri(Path("mlruns").resolve().as_uri())
+            self.mlflow.set_experiment("lamoe")
+            run = self.mlflow.start_run(run_id=done.get("mlflow"), run_name=folder.name)
+            if "mlflow" not in done:
+                self.mlflow.log_params(dataclasses.asdict(settings) | dataclasses.asdict(config))
+        except Exception as error:  # each of mlflow's stores fails in its own way
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"mlflow: {reason}; leave out --track, or mend it") from None
+        done["mlflow"] = run.info.run_id
+
+    def log(self, row: dict) -> None:
+        if self.mlflow:
+            metrics = {name: float(value) for name, value in row.items() if name != "step"}
+            self.attempt(self.mlflow.log_metrics, metrics, step=row["step"])
+
+    def end(self, folder: Path) -> None:
+        for name in ("log.csv", "load.csv", "loss.png", "best.pt"):
+            if self.mlflow and (folder / name).exists():
+                self.attempt(self.mlflow.log_artifact, str(folder / name))
+        if self.mlflow:
+            self.attempt(self.mlflow.end_run)
+
+    def attempt(self, action, *arguments, **named) -> None:
+        try:
+            action(*arguments, **named)
+        except Exception as error:  # as above
+            say(f"track      mlflow: {str(error).splitlines()[0]}; going on without it")
+            self.mlflow = None
 
 
 def lock(folder: Path):
@@ -395,9 +529,7 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) ->
     tokenizer = tokenizer or make_tokenizer(settings, known, corpus.train)
     name = hashlib.sha256(json.dumps(tokenizer.state()).encode()).hexdigest()[:12]
     train_ids, val_ids = (
-        tokens.encode(
-            side, tokenizer, datasets.CACHE / f"{corpus.key}-{name}-{of}.ids", say_in_place
-        )
+        encode(side, tokenizer, datasets.CACHE / f"{corpus.key}-{name}-{of}.ids", say_in_place)
         for of, side in (("train", corpus.train), ("val", corpus.val))
     )
     length = known["seq_len"]
@@ -510,7 +642,7 @@ def check_memory(config: lamoe.Config) -> None:
         )
 
 
-RUN_FILES = ("last.pt", "best.pt", "log.csv")
+RUN_FILES = ("last.pt", "best.pt", "log.csv", "load.csv")
 
 
 def first_free(path: str | Path) -> Path:
@@ -621,6 +753,14 @@ class Meter:
             row["dead_experts"] = int((share < 0.01).sum())
         return row
 
+    def loads(self, step: int) -> list[dict]:
+        """Rows of load.csv: of each layer, its experts' shares; 1 is an equal one."""
+        share = self.load / self.scalars[0] * self.load.shape[1]
+        return [
+            {"step": step, "layer": layer, **{str(e): s for e, s in enumerate(of_layer)}}
+            for layer, of_layer in enumerate(share.tolist())
+        ]
+
     def reset(self) -> None:
         self.scalars.zero_()
         self.load.zero_()
@@ -657,6 +797,7 @@ def train(given: dict, resume: bool) -> None:
     held = lock(folder) if resume else None
     saved = usable_checkpoint(folder) if resume else None
     asked = saved["train_config"] if saved else {**vars(TrainConfig()), **given}
+    tracker = Tracker(asked["track"])
     corpus = datasets.read(asked["data"], asked["text_column"], progress=say_in_place)
     settings, known = settle(given, saved, corpus)
     data = load_data(settings, known, saved, corpus)
@@ -677,7 +818,9 @@ def train(given: dict, resume: bool) -> None:
         set_aside(folder)
     introduce(model, settings, data, folder)
     keep_freed_memory()
-    log, stop = Log(folder / "log.csv", done["step"]), stop_on_ctrl_c()
+    log, loads = open_logs(folder, done["step"], config, data)
+    tracker.start(settings, config, folder, done)
+    stop = stop_on_ctrl_c()
     row_step, row_seconds = done["step"], done["seconds"]
 
     while done["step"] < settings.steps and not stop:
@@ -710,6 +853,8 @@ def train(given: dict, resume: bool) -> None:
             row |= {"tokens_per_s": (step - row_step) * tokens / seconds, "seconds": row_seconds}
             row_step = step
             log.write(row)
+            loads.write(*meter.loads(step))
+            tracker.log(row)
             show(row, settings, data.floor)
             meter.reset()
         if saving:
@@ -721,6 +866,15 @@ def train(given: dict, resume: bool) -> None:
         say(f"           python train.py --resume --out {folder}")
         sys.exit(130)
     close(folder, settings, data, done)
+    tracker.end(folder)
+
+
+def open_logs(folder: Path, step: int, config: lamoe.Config, data: Data) -> tuple[Log, Log]:
+    """log.csv, with a column for each source where there are several, and load.csv."""
+    sources = [f"val_bpb_{name}" for name in data.corpus.sources if len(data.corpus.sources) > 1]
+    experts = [str(e) for e in range(config.n_experts)]
+    log = Log(folder / "log.csv", step, COLUMNS + sources)
+    return log, Log(folder / "load.csv", step, ["step", "layer", *experts])
 
 
 def not_finite(step: int, folder: Path, settings: TrainConfig) -> str:
@@ -810,13 +964,16 @@ def show(row: dict, settings: TrainConfig, floor: float | None) -> None:
         return say_in_place(line)
     line += f"  validation {row['val_bits_per_byte']:.3f} bits/byte"
     say(line + (f" (floor {floor:.3f})" if floor else ""))
+    if sources := [f"{k[8:]} {v:.3f}" for k, v in row.items() if k.startswith("val_bpb_")]:
+        say("           " + "  ".join(sources))
 
 
 def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
     """The best model's score, a sample, and where everything is."""
     model, tokenizer = lamoe.load(folder / "best.pt", settings.device)
     kinds, floor = data.corpus.kind_of_byte, data.floor
-    score = evaluate(model, data.val_ids, data.spans, tokenizer, settings, kinds)
+    labels = data.source_of_byte if kinds is None else kinds
+    score = evaluate(model, data.val_ids, data.spans, tokenizer, settings, labels)
     cut = np.arange(0, len(data.val_ids) - 1, data.batches.length)
     cut = np.stack([cut, np.append(cut[1:], len(data.val_ids) - 1)], axis=1)
     anywhere = evaluate(model, data.val_ids, cut, tokenizer, settings).bits_per_byte
@@ -825,6 +982,8 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
         f"best       {score.bits_per_byte:.4f} bits/byte of validation, at step {done['best_step']}"
     )
     say(f"           ({anywhere:.4f} when windows are cut anywhere, not at documents)")
+    if shares := by_source(score, data):
+        say("by source  " + "  ".join(f"{k[8:]} {v:.4f}" for k, v in shares.items()))
     if floor:
         gap = (score.bits_of_kind - data.corpus.floor_bits) / data.corpus.floor_bits.sum()
         rest, choice, recall = 100 * gap
@@ -844,16 +1003,25 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
         new = model.generate(ids, 150, 0.8, min_p=0.02, stop=tokenizer.eot, generator=generator)
         text = tokenizer.decode([token.item() for token in new]).removesuffix("<|endoftext|>")
         say(f"sample     {opening}{text}")
-    say(f"picture    {draw(folder, floor)}")
+    try:
+        say(f"picture    {draw(folder, floor)}")
+    except ValueError as error:
+        _, bits, _, _ = bits_per_byte(read_csv(folder / "log.csv"))
+        say(f"loss       {sparkline(bits)} {bits[0]:.2f} to {bits[-1]:.2f} bits/byte in training")
+        say(f"picture    none: {error}")
     say(f"log        {folder}/log.csv")
     prompt = f'"{opening}" ' if opening.strip() else ""
     say(f"next       python sample.py {prompt}--model {folder}/best.pt")
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a character the terminal can't show
     try:
         given = vars(parse())
-        resume = given.pop("resume")
+        resume, runs = given.pop("resume"), given.pop("plot")
+        if runs:
+            return say(f"picture    {plot(runs, given.get('out', ''))}")
         train(given, resume)
     except (ValueError, OSError) as error:
         print(f"error: {error}".splitlines()[0], file=sys.stderr)
