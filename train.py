@@ -22,8 +22,11 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import hashlib
 import inspect
+import io
 import itertools
+import json
 import math
 import os
 import re
@@ -31,6 +34,7 @@ import signal
 import sys
 import time
 import typing
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +47,7 @@ from torch.utils._pytree import tree_map
 import lamoe
 from bpe import Tokenizer
 from data import datasets
+from data.tokens import encode
 
 # --- 1. What can be chosen: fields are flags ------------------------------------------------------
 
@@ -51,7 +56,8 @@ from data import datasets
 class TrainConfig:
     """How to train; lamoe.Config says what."""
 
-    data: str = "stories"  # the embedded corpus, a text file, or a folder of .txt
+    data: str = "stories"  # an embedded corpus, a public set, a file, folder or zip; or A,B,C
+    text_column: str = ""  # of csv and jsonl files; empty: guessed
     out: str = ""  # the run's folder; empty: runs/ and the data's name
     device: str = "auto"  # auto, cpu, cuda or mps
     preset: str = ""  # laptop or gpu; empty: by device
@@ -71,6 +77,7 @@ class TrainConfig:
     log_every: int = 10  # steps
     compile: bool = False  # let torch.compile write the kernels: a GPU trains twice as fast
     fsdp: bool = False  # under torchrun: shard experts and embeddings, where DDP copies them
+    track: str = ""  # mlflow: log there too, into ./mlruns or MLFLOW_TRACKING_URI
 
     def __post_init__(self):
         whole, inf = {"eval_every": 0, "save_every": 0, "seed": 0}, math.inf
@@ -81,7 +88,8 @@ class TrainConfig:
         for name, (least, most) in ranges.items():
             if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"{name}={value} must be from {least} to {most}")
-        for name, known in (("tokenizer", ("bpe", "bytes")), ("dtype", ("auto", "bf16", "fp32"))):
+        choices = {"tokenizer": ("bpe", "bytes"), "dtype": ("auto", "bf16", "fp32")}
+        for name, known in (choices | {"track": ("", "mlflow")}).items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; try one of {known}")
         self.eval_every = self.eval_every or max(1, self.steps // 5)
@@ -111,6 +119,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
     parser = OneLine("train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument(
+        "--plot", nargs="+", metavar="RUN", help="draw runs into one picture, --out"
+    )
     for cls in CLASSES:
         group = parser.add_argument_group(cls.__name__)
         meaning = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.M))
@@ -141,14 +152,29 @@ def windows(tokens: np.ndarray, eot: int, length: int) -> np.ndarray:
     start in mid-story would ask the model for names it was never told. Between a window's start and
     the next one's, each token is met exactly once: the span that evaluation scores.
     """
-    documents = np.flatnonzero(tokens[:-1] == eot)  # ids[documents[i]] is the token before text i
-    spans, start = [], 0
-    while start < len(tokens) - 1:
-        last = documents[np.searchsorted(documents, start + length, side="right") - 1]
-        end = min(last if last > start else start + length, len(tokens) - 1)
-        spans.append((start, end))
-        start = end
-    return np.array(spans)
+    documents, last = document_starts(tokens[:-1], eot), len(tokens) - 1
+    documents.append(last + length)  # beyond every window
+    starts, i = array("q", [0]), 0  # documents[i]: the last one that starts inside the window
+    while (start := starts[-1]) < last:
+        while documents[i + 1] <= start + length:
+            i += 1
+        starts.append(min(documents[i] if documents[i] > start else start + length, last))
+    return np.stack([starts[:-1], starts[1:]], axis=1)
+
+
+def document_starts(tokens: np.ndarray, eot: int, block: int = 1 << 22) -> array:
+    """Positions of eot: position p is the token before the text that starts at p + 1.
+
+    Of a mapped file, blocks are read beside the mapping: pages that it touched would stay.
+    """
+    found = array("q")
+    for at in range(0, len(tokens), block):
+        part = tokens[at : at + block]
+        if isinstance(tokens, np.memmap):
+            place = tokens.offset + at * tokens.itemsize
+            part = np.fromfile(tokens.filename, tokens.dtype, len(part), offset=place)
+        found.frombytes((np.flatnonzero(part == eot) + at).astype(np.int64).tobytes())
+    return found
 
 
 class Batches:
@@ -177,12 +203,6 @@ class Batches:
             generator = np.random.default_rng((self.seed, epoch))
             self.epoch, self.order = epoch, generator.permutation(self.starts)
         return self.order[position]
-
-
-def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    """One flat array of ids: <|endoftext|> first, and after each document."""
-    ids = tokenizer.encode_array(documents)
-    return np.concatenate([np.array([tokenizer.eot], ids.dtype), ids])
 
 
 # --- 3. Evaluation: bits per byte, and where they go ----------------------------------------------
@@ -315,62 +335,194 @@ COLUMNS += ["load_max_over_mean", "dead_experts", "dropped", "tokens_per_s", "se
 
 
 class Log:
-    """log.csv: one row a log step, flushed at once; rows after `step` are cut on resume."""
+    """A csv of the run, flushed row by row; on resume, rows after `step` and a torn one go."""
 
-    def __init__(self, path: Path, step: int):
-        rows = []
-        if step and path.exists():
-            with open(path, newline="") as file:
-                whole = [row for row in csv.DictReader(file) if row["seconds"]]  # not a torn line
-                rows = [row for row in whole if int(row["step"]) <= step]
+    def __init__(self, path: Path, step: int, columns: list[str]):
+        rows = [row for row in read_csv(path) if int(row["step"]) <= step] if step else []
         temporary = path.with_suffix(".tmp")
         with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
         os.replace(temporary, path)
         self.file = open(path, "a", newline="")  # noqa: SIM115 - open as long as the run
-        self.writer = csv.DictWriter(self.file, COLUMNS)
+        self.writer = csv.DictWriter(self.file, columns)
 
-    def write(self, row: dict) -> None:
-        self.writer.writerow({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
+    def write(self, *rows: dict) -> None:
+        for row in rows:
+            values = {k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()}
+            self.writer.writerow(values)
         self.file.flush()
 
 
-def draw(folder: Path, floor: float | None) -> str:
-    """loss.png from log.csv; returns its path, or how to get it."""
+def read_csv(path: Path) -> list[dict]:
+    """The rows of a log; none if it isn't there. A line without its end was torn: left out."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(io.StringIO(file.read().rpartition("\n")[0])))
+
+
+def import_pyplot():
+    """matplotlib's pyplot, drawing into files; ValueError says how to get it."""
     try:
         import matplotlib
     except ImportError:
-        return 'none: install matplotlib for it: pip install -e ".[plot]"'
+        raise ValueError('install matplotlib for it: pip install -e ".[plot]"') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with open(folder / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    scored = [row for row in rows if row["val_loss"]]
-    per_nat = float(scored[-1]["val_bits_per_byte"]) / float(scored[-1]["val_loss"])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    steps = [int(row["step"]) for row in rows]
-    train = [float(row["train_loss"]) * per_nat for row in rows]
+    return pyplot
+
+
+def draw(folder: Path, floor: float | None) -> Path:
+    """loss.png from log.csv and load.csv."""
+    pyplot = import_pyplot()
+    rows, loads = read_csv(folder / "log.csv"), read_csv(folder / "load.csv")
+    lines = len(loads) * (len(loads[0]) - 2) // len(rows) if loads else 0  # layers x experts
+    heights = [3.6, min(6.0, 1.2 + 0.12 * lines)] if loads else [3.6]
+    figure = pyplot.figure(figsize=(10, sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    left, right = (figure.add_subplot(grid[0, i]) for i in (0, 1))
+    steps, train, scored, val = bits_per_byte(rows)
     left.plot(steps, train, color="0.6", linewidth=1, label="training")
-    val = [float(row["val_bits_per_byte"]) for row in scored]
     left.plot([int(row["step"]) for row in scored], val, "o-", color="C0", label="validation")
-    top = 3 * min(val)
     if floor is not None:
         left.axhline(floor, color="C3", linestyle="--", label=f"floor {floor:.3f}")
         left.annotate(
             f"{val[-1]:.3f}", (steps[-1], val[-1]), (0, 8), textcoords="offset points", ha="right"
         )
-    left.set(xlabel="step", ylabel="bits per byte", ylim=(0, top), title="Loss")
+    left.set(xlabel="step", ylabel="bits per byte", ylim=(0, 3 * min(val)), title="Loss")
     left.legend()
     right.plot(steps, [float(row["load_max_over_mean"] or 1) for row in rows], color="C0")
     right.axhline(1, color="C3", linestyle="--", label="perfect balance")
     right.set(xlabel="step", ylim=(0, None), title="Load of the busiest expert over the mean")
     right.legend()
+    if loads:
+        draw_loads(figure, figure.add_subplot(grid[1, :]), loads)
     figure.savefig(folder / "loss.png", dpi=120)
     pyplot.close(figure)
-    return str(folder / "loss.png")
+    return folder / "loss.png"
+
+
+def bits_per_byte(rows: list[dict]) -> tuple:
+    """Steps and training loss of all rows, rows with a validation, their loss; in bits a byte."""
+    scored = [row for row in rows if row["val_loss"]]
+    per_nat = float(scored[-1]["val_bits_per_byte"]) / float(scored[-1]["val_loss"])
+    train = [float(row["train_loss"]) * per_nat for row in rows]
+    val = [float(row["val_bits_per_byte"]) for row in scored]
+    return [int(row["step"]) for row in rows], train, scored, val
+
+
+def draw_loads(figure, axes, loads: list[dict]) -> None:
+    """A line for each expert of each layer: its share of the choices over time.
+
+    The colours grow evenly brighter: they can be told apart in grey and by colour-blind eyes.
+    """
+    steps = sorted({int(row["step"]) for row in loads})
+    n_layers, n_experts = len(loads) // len(steps), len(loads[0]) - 2
+    share = [[float(row[str(e)]) for e in range(n_experts)] for row in loads]
+    share = np.array(share).reshape(len(steps), n_layers * n_experts)
+    mesh = axes.pcolormesh(
+        [0, *steps], range(n_layers * n_experts + 1), share.T, cmap="cividis", vmin=0, vmax=2
+    )
+    for layer in range(1, n_layers):
+        axes.axhline(layer * n_experts, color="white", linewidth=3)
+    middles = [(layer + 0.5) * n_experts for layer in range(n_layers)]
+    axes.set_yticks(middles, [f"layer {layer}" for layer in range(n_layers)])
+    axes.invert_yaxis()
+    axes.set(xlabel="step", title=f"Load of the {n_experts} experts of each layer, a line each")
+    figure.colorbar(mesh, ax=axes, extend="max", label="1 is an equal share", pad=0.01)
+
+
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito's
+
+
+def plot(runs: list[str], out: str) -> Path:
+    """One picture of several runs: bits per byte against steps and against seconds."""
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    top = 0.0
+    for i, run in enumerate(runs):
+        rows = read_csv(Path(run) / "log.csv")
+        if not any(row["val_loss"] for row in rows):
+            raise ValueError(f"{run} has no evaluation in its log.csv; name the folder of a run")
+        _, train, scored, val = bits_per_byte(rows)
+        top = max(top, 1.6 * min(val))
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": "osD^vPX"[i % 7]}
+        for ax, x in zip(axes, ("step", "seconds"), strict=True):
+            ax.plot([float(row[x]) for row in rows], train, color=style["color"], alpha=0.3, lw=1)
+            ax.plot([float(row[x]) for row in scored], val, label=f"{run}: {min(val):.3f}", **style)
+            ax.set(xlabel=x, ylim=(0, top))
+    axes[0].set(ylabel="bits per byte")
+    axes[0].legend(title="validation, at its best (pale: training)")
+    path = Path(out or "plot.png")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def sparkline(values: list[float], width: int = 60) -> str:
+    """The values as a line of text, first to last: means of at most `width` groups of them.
+
+    >>> sparkline([3.0, 2.0, 1.0])
+    '█▄▁'
+    """
+    groups = [part.mean() for part in np.array_split(values, min(width, len(values)))]
+    low, span = min(groups), max(groups) - min(groups) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * (v - low) / span)] for v in groups)
+
+
+class Tracker:
+    """--track mlflow: configuration, log, picture and checkpoint, kept there too.
+
+    What goes wrong before the training is an error. What goes wrong later is said, and the run goes
+    on without it: log.csv has everything.
+    """
+
+    def __init__(self, name: str):
+        self.mlflow = None
+        if name:
+            try:
+                import mlflow
+            except ImportError:
+                raise ValueError('--track mlflow needs it: pip install -e ".[track]"') from None
+            self.mlflow = mlflow
+
+    def start(self, settings: TrainConfig, config: lamoe.Config, folder: Path, done: dict) -> None:
+        """Goes on with the run that `done` names, else begins one and names it there."""
+        if not self.mlflow:
+            return
+        try:
+            if "MLFLOW_TRACKING_URI" not in os.environ:  # a folder here: no server needed
+                self.mlflow.set_tracking_uri(Path("mlruns").resolve().as_uri())
+            self.mlflow.set_experiment("lamoe")
+            run = self.mlflow.start_run(run_id=done.get("mlflow"), run_name=folder.name)
+            if "mlflow" not in done:
+                self.mlflow.log_params(dataclasses.asdict(settings) | dataclasses.asdict(config))
+        except Exception as error:  # each of mlflow's stores fails in its own way
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"mlflow: {reason}; leave out --track, or mend it") from None
+        done["mlflow"] = run.info.run_id
+
+    def log(self, row: dict) -> None:
+        if self.mlflow:
+            metrics = {name: float(value) for name, value in row.items() if name != "step"}
+            self.attempt(self.mlflow.log_metrics, metrics, step=row["step"])
+
+    def end(self, folder: Path) -> None:
+        for name in ("log.csv", "load.csv", "loss.png", "best.pt"):
+            if self.mlflow and (folder / name).exists():
+                self.attempt(self.mlflow.log_artifact, str(folder / name))
+        if self.mlflow:
+            self.attempt(self.mlflow.end_run)
+
+    def attempt(self, action, *arguments, **named) -> None:
+        try:
+            action(*arguments, **named)
+        except Exception as error:  # as above
+            say(f"track      mlflow: {str(error).splitlines()[0]}; going on without it")
+            self.mlflow = None
 
 
 def lock(folder: Path):
@@ -417,19 +569,25 @@ class Data(typing.NamedTuple):
     val_ids: np.ndarray
     spans: np.ndarray  # windows of val_ids that begin at documents
     floor: float | None  # bits per byte that no model can beat, where the source is known
+    source_of_byte: np.ndarray | None  # of the validation text, where there is more than one
 
 
 def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) -> Data:
-    """Text -> tokenizer (the checkpoint's, if there is one) -> ids -> windows."""
-    n_bytes = sum(len(document.encode()) for document in corpus.train)
+    """Text -> tokenizer (the checkpoint's, if there is one) -> ids on disk -> windows."""
+    n_bytes = corpus.train.n_bytes
     say(f"data       {settings.data}: {corpus.how}; {n_bytes / 1e6:.1f} MB to train on")
-    if saved:
-        tokenizer = Tokenizer.from_state(saved["tokenizer"])
-    elif settings.tokenizer == "bytes":
-        tokenizer = Tokenizer([])
-    else:
-        tokenizer = Tokenizer.train(corpus.train, known["vocab_size"], say_in_place)
-    train_ids, val_ids = encode(tokenizer, corpus.train), encode(tokenizer, corpus.val)
+    if saved and saved["text"] != corpus.key:
+        raise ValueError(
+            f"the text of {settings.data} is not the one this run began with; bring that back, or "
+            f"start a new run with another --out"
+        )
+    tokenizer = Tokenizer.from_state(saved["tokenizer"]) if saved else None
+    tokenizer = tokenizer or make_tokenizer(settings, known, corpus.train)
+    name = hashlib.sha256(json.dumps(tokenizer.state()).encode()).hexdigest()[:12]
+    train_ids, val_ids = (
+        encode(side, tokenizer, datasets.CACHE / f"{corpus.key}-{name}-{of}.ids", say_in_place)
+        for of, side in (("train", corpus.train), ("val", corpus.val))
+    )
     length = known["seq_len"]
     if min(len(train_ids), len(val_ids)) < length + 2:
         raise ValueError(
@@ -446,8 +604,39 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) ->
     if corpus.floor_bits is not None:
         floor = corpus.floor_bits.sum() / len(corpus.kind_of_byte)
     spans = windows(val_ids, tokenizer.eot, length)
-    corpus = corpus._replace(train=[], val=[])  # from here on ids are enough
-    return Data(tokenizer, batches, corpus, val_ids, spans, floor)
+    sources = source_of_byte(val_ids, tokenizer, corpus) if len(corpus.sources) > 1 else None
+    return Data(tokenizer, batches, corpus, val_ids, spans, floor, sources)
+
+
+SAMPLE = 100_000_000  # bytes: a tokenizer learns nothing new from more
+
+
+def make_tokenizer(settings: TrainConfig, known: dict, documents) -> Tokenizer:
+    if settings.tokenizer == "bytes":
+        return Tokenizer([])
+    every = math.ceil(documents.n_bytes / SAMPLE)
+    if every > 1:
+        say(f"tokenizer  learns from every {every}th document, of {SAMPLE / 1e6:.0f} MB in all")
+    sample = itertools.islice(documents, 0, None, every)
+    return Tokenizer.train(sample, known["vocab_size"], say_in_place)
+
+
+def source_of_byte(val_ids: np.ndarray, tokenizer: Tokenizer, corpus) -> np.ndarray:
+    """For each byte of the validation text, separators included, an index into corpus.sources."""
+    ends = np.flatnonzero(val_ids[1:] == tokenizer.eot)
+    bytes_till = np.cumsum(tokenizer.byte_lengths[val_ids[1:]])[ends]
+    return np.repeat(corpus.val.sources, np.diff(bytes_till, prepend=0))
+
+
+def by_source(score: Score, data: Data) -> dict:
+    """Columns of the log: bits per byte of each source, if evaluate was given source_of_byte."""
+    if data.source_of_byte is None:
+        return {}
+    n_bytes = np.bincount(data.source_of_byte, minlength=len(score.bits_of_kind))
+    names = enumerate(data.corpus.sources)
+    return {
+        f"val_bpb_{name}": score.bits_of_kind[i] / n_bytes[i] for i, name in names if n_bytes[i]
+    }
 
 
 def settle(given: dict, saved: dict | None, corpus) -> tuple[TrainConfig, dict]:
@@ -467,8 +656,7 @@ def settle(given: dict, saved: dict | None, corpus) -> tuple[TrainConfig, dict]:
     preset = given.get("preset") or ("gpu" if device == "cuda" else "laptop")
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is unknown; try one of {sorted(PRESETS)}")
-    size = sum(map(len, corpus.train))
-    by_text = next(suits for limit, suits in TEXTS if size < limit)
+    by_text = next(suits for limit, suits in TEXTS if corpus.train.n_bytes < limit)
     flags = {name: value for name, value in given.items() if (name, value) != ("steps", 0)}
     known = {**PRESETS[preset], **by_text, **flags}
     settings = fill(TrainConfig, {**known, "device": device, "preset": preset})
@@ -510,7 +698,7 @@ def check_memory(config: lamoe.Config) -> None:
         )
 
 
-RUN_FILES = ("last.pt", "best.pt", "log.csv")
+RUN_FILES = ("last.pt", "best.pt", "log.csv", "load.csv")
 
 
 def first_free(path: str | Path) -> Path:
@@ -554,7 +742,16 @@ def old_folder(given: dict) -> Path:
 def usable_checkpoint(folder: Path) -> dict | None:
     try:
         saved = lamoe.read(folder / "last.pt")
-        needed = {"given", "train_config", "tokenizer", "optimizers", "meter", "rng", "done"}
+        needed = {
+            "given",
+            "train_config",
+            "tokenizer",
+            "text",
+            "optimizers",
+            "meter",
+            "rng",
+            "done",
+        }
         if missing := needed - saved.keys():
             raise ValueError(f"{folder}/last.pt lacks {sorted(missing)}")
         lamoe.build(saved, folder / "last.pt")  # config, weights and tokenizer fit this version
@@ -711,6 +908,14 @@ class Meter:
             row["dead_experts"] = int((share < 0.01).sum())
         return row
 
+    def loads(self, step: int) -> list[dict]:
+        """Rows of load.csv: of each layer, its experts' shares; 1 is an equal one."""
+        share = self.load / self.scalars[0] * self.load.shape[1]
+        return [
+            {"step": step, "layer": layer, **{str(e): s for e, s in enumerate(of_layer)}}
+            for layer, of_layer in enumerate(share.tolist())
+        ]
+
     def reset(self) -> None:
         self.scalars.zero_()
         self.load.zero_()
@@ -772,8 +977,9 @@ def train(given: dict, resume: bool) -> None:
     folder = old_folder(given) if resume else new_folder(given)
     held = lock(folder) if resume else None
     saved = usable_checkpoint(folder) if resume else None
-    data_name = saved["train_config"]["data"] if saved else given.get("data", TrainConfig.data)
-    corpus = datasets.read(data_name)
+    asked = saved["train_config"] if saved else {**vars(TrainConfig()), **given}
+    tracker = Tracker(asked["track"])
+    corpus = datasets.read(asked["data"], asked["text_column"], progress=say_in_place)
     settings, known = settle(given, saved, corpus)
     data = load_data(settings, known, saved, corpus)
     config = lamoe.Config(**{**known, "vocab_size": data.tokenizer.vocab_size})
@@ -793,7 +999,9 @@ def train(given: dict, resume: bool) -> None:
         set_aside(folder)
     introduce(model, settings, data, folder)
     keep_freed_memory()
-    log, stop = Log(folder / "log.csv", done["step"]), stop_on_ctrl_c()
+    log, loads = open_logs(folder, done["step"], config, data)
+    tracker.start(settings, config, folder, done)
+    stop = stop_on_ctrl_c()
     row_step, row_seconds = done["step"], done["seconds"]
 
     while done["step"] < settings.steps and not stop:
@@ -810,8 +1018,10 @@ def train(given: dict, resume: bool) -> None:
         row = {"step": step, **meter.row()}  # reading the meter waits for the device
         done["seconds"] += time.perf_counter() - started
         if evaluating:
-            score = evaluate(model, data.val_ids, data.spans, data.tokenizer, settings)
+            kinds = data.source_of_byte
+            score = evaluate(model, data.val_ids, data.spans, data.tokenizer, settings, kinds)
             row |= {"val_loss": score.loss, "val_bits_per_byte": score.bits_per_byte}
+            row |= by_source(score, data)
         if not all(map(math.isfinite, row.values())):
             raise ValueError(not_finite(step, folder, settings))
         if evaluating and score.bits_per_byte < done["best"]:
@@ -824,6 +1034,8 @@ def train(given: dict, resume: bool) -> None:
             row |= {"tokens_per_s": (step - row_step) * tokens / seconds, "seconds": row_seconds}
             row_step = step
             log.write(row)
+            loads.write(*meter.loads(step))
+            tracker.log(row)
             show(row, settings, data.floor)
             meter.reset()
         if saving:
@@ -835,6 +1047,15 @@ def train(given: dict, resume: bool) -> None:
         say(f"           python train.py --resume --out {folder}")
         sys.exit(130)
     close(folder, settings, data, done)
+    tracker.end(folder)
+
+
+def open_logs(folder: Path, step: int, config: lamoe.Config, data: Data) -> tuple[Log, Log]:
+    """log.csv, with a column for each source where there are several, and load.csv."""
+    sources = [f"val_bpb_{name}" for name in data.corpus.sources if len(data.corpus.sources) > 1]
+    experts = [str(e) for e in range(config.n_experts)]
+    log = Log(folder / "log.csv", step, COLUMNS + sources)
+    return log, Log(folder / "load.csv", step, ["step", "layer", *experts])
 
 
 def not_finite(step: int, folder: Path, settings: TrainConfig) -> str:
@@ -852,6 +1073,7 @@ def save(path, model, data: Data, settings, given, done: dict, optimizers=None, 
         "train_config": dataclasses.asdict(settings),
         "given": {k: v for k, v in given.items() if k != "out"},  # what a resume compares
         "tokenizer": data.tokenizer.state(),
+        "text": data.corpus.key,  # what it trains on: a resume notices another text
         "model": model.state_dict(),
         "done": done,
     }
@@ -923,13 +1145,16 @@ def show(row: dict, settings: TrainConfig, floor: float | None) -> None:
         return say_in_place(line)
     line += f"  validation {row['val_bits_per_byte']:.3f} bits/byte"
     say(line + (f" (floor {floor:.3f})" if floor else ""))
+    if sources := [f"{k[8:]} {v:.3f}" for k, v in row.items() if k.startswith("val_bpb_")]:
+        say("           " + "  ".join(sources))
 
 
 def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
     """The best model's score, a sample, and where everything is."""
     model, tokenizer = lamoe.load(folder / "best.pt", settings.device)
     kinds, floor = data.corpus.kind_of_byte, data.floor
-    score = evaluate(model, data.val_ids, data.spans, tokenizer, settings, kinds)
+    labels = data.source_of_byte if kinds is None else kinds
+    score = evaluate(model, data.val_ids, data.spans, tokenizer, settings, labels)
     cut = np.arange(0, len(data.val_ids) - 1, data.batches.length)
     cut = np.stack([cut, np.append(cut[1:], len(data.val_ids) - 1)], axis=1)
     anywhere = evaluate(model, data.val_ids, cut, tokenizer, settings).bits_per_byte
@@ -938,6 +1163,8 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
         f"best       {score.bits_per_byte:.4f} bits/byte of validation, at step {done['best_step']}"
     )
     say(f"           ({anywhere:.4f} when windows are cut anywhere, not at documents)")
+    if shares := by_source(score, data):
+        say("by source  " + "  ".join(f"{k[8:]} {v:.4f}" for k, v in shares.items()))
     if floor:
         gap = (score.bits_of_kind - data.corpus.floor_bits) / data.corpus.floor_bits.sum()
         rest, choice, recall = 100 * gap
@@ -957,16 +1184,25 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
         new = model.generate(ids, 150, 0.8, min_p=0.02, stop=tokenizer.eot, generator=generator)
         text = tokenizer.decode([token.item() for token in new]).removesuffix("<|endoftext|>")
         say(f"sample     {opening}{text}")
-    say(f"picture    {draw(folder, floor)}")
+    try:
+        say(f"picture    {draw(folder, floor)}")
+    except ValueError as error:
+        _, bits, _, _ = bits_per_byte(read_csv(folder / "log.csv"))
+        say(f"loss       {sparkline(bits)} {bits[0]:.2f} to {bits[-1]:.2f} bits/byte in training")
+        say(f"picture    none: {error}")
     say(f"log        {folder}/log.csv")
     prompt = f'"{opening}" ' if opening.strip() else ""
     say(f"next       python sample.py {prompt}--model {folder}/best.pt")
 
 
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a character the terminal can't show
     try:
         given = vars(parse())
-        resume = given.pop("resume")
+        resume, runs = given.pop("resume"), given.pop("plot")
+        if runs:
+            return say(f"picture    {plot(runs, given.get('out', ''))}")
         train(given, resume)
     except (ValueError, OSError) as error:
         print(f"error: {error}".splitlines()[0], file=sys.stderr)

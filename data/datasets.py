@@ -1,109 +1,280 @@
-"""Readers: a name, a file or a folder becomes documents to train on and documents to check with.
+"""Readers: a name, a file, a folder or a zip becomes documents to train on and to check with.
 
-corpus = read("stories")         # the embedded corpus, drawn on first use
-corpus = read("facts")           # another: an invented world to memorise
-corpus = read("book.txt")        # any UTF-8 text file
-corpus = read("my_folder")       # every .txt below it, one document each
+corpus = read("stories")               # the embedded corpus, drawn on first use
+corpus = read("facts")                 # another: an invented world to memorise
+corpus = read("bbc")                   # a public set, once `python data/datasets.py bbc` has run
+corpus = read("book.txt")              # .txt .md .csv .jsonl .zip, or a folder of them
+corpus = read("bbc,physics,book.txt")  # a mixture; each document keeps its source
+
+A corpus is never in memory: its documents are read anew each time one iterates. What is kept of
+each are hashes and its length; they find copies and decide the side of the split.
+
+    python data/datasets.py NAME [--limit 500MB]
 """
 
 import hashlib
 import json
+import sys
+import time
+from array import array
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data import facts, stories
+if __package__ in (None, ""):  # run as a script: let it find its neighbours
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-CACHE = Path(__file__).parent / "cache"  # generated text; git ignores it
-SEPARATOR = stories.END.strip()  # <|endoftext|>: a line of its own in files, a token for the model
+from data import download, facts, formats, stories  # noqa: E402
+from data.formats import SEPARATOR, split_documents  # noqa: E402
+from data.tokens import replacing  # noqa: E402
+
+CACHE = Path(__file__).parent / "cache"  # drawn text, tables of documents, ids; git ignores it
+SETS = Path(__file__).parent / "sets"  # downloads, a folder each; git ignores it
 KINDS = ("rest", "choice", "recall")  # what a byte of a drawn corpus is
 DRAWN = {"stories": stories, "facts": facts}  # corpora we write ourselves, with an exact floor
+FEW = 20  # fewer documents than that are split by position
+MOST_VAL = 1_000_000  # validation on more would take longer than it tells [bytes]
+
+# ----------------------------------------------------------------------------------------------
+# 1. A corpus: documents that can be read again and again
+# ----------------------------------------------------------------------------------------------
+
+
+class Documents:
+    """Some of the documents of a text: read() yields (source, text, ends) of all, `wanted` picks.
+
+    Iterating yields str; a document beyond a megabyte comes in pieces, as formats.py cuts it.
+    """
+
+    def __init__(self, read, wanted: np.ndarray, n_bytes: int, sources: np.ndarray):
+        self.read, self.wanted = read, wanted
+        self.n_bytes = n_bytes  # in UTF-8
+        self.sources = sources  # of the wanted documents: indices into Corpus.sources
+
+    def __len__(self):
+        return int(self.wanted.sum())
+
+    def __iter__(self):
+        return (text for _, text, _ in self.all())
+
+    def pieces(self):
+        """Yields (text, ends)."""
+        return ((text, ends) for _, text, ends in self.all())
+
+    def all(self):
+        """Yields (source, text, ends)."""
+        n = 0
+        for source, text, ends in self.read():
+            if n == len(self.wanted):
+                break
+            if self.wanted[n]:
+                yield source, text, ends
+            n += ends
+        else:
+            if n == len(self.wanted):
+                return
+        raise ValueError("the text changed while it was read; start again when it is at rest")
 
 
 class Corpus(NamedTuple):
     name: str
-    train: list[str]  # documents
-    val: list[str]  # documents that are not in train
     how: str  # what was read and how it was split, in a line
+    key: str  # of the content: another text has another key
+    sources: list[str]  # where documents come from; [name] if there is nothing to tell apart
+    train: Documents
+    val: Documents  # documents that are not in train
     kind_of_byte: np.ndarray | None = None  # of the validation text: an index into KINDS
     floor_bits: np.ndarray | None = None  # exact entropy of the validation text, by the same kinds
 
 
-def read(name: str) -> Corpus:
-    """The corpus called `name`. ValueError names the cause and a remedy."""
+def read(name: str, text_column: str = "", train_bytes: int = 0, progress=None) -> Corpus:
+    """The corpus called `name`. ValueError names the cause and a remedy.
+
+    text_column: of csv and jsonl files, else guessed. train_bytes: of a drawn corpus, else its own.
+    """
     if name in DRAWN:
-        return read_drawn(name)
-    path = Path(name)
-    if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
-        if not files:
-            raise ValueError(f"{name} holds no .txt file; put text there, or name another folder")
-        documents = [document for file in files for document in split_documents(read_text(file))]
-    elif path.is_file():
-        documents = split_documents(read_text(path))
-    else:
-        raise ValueError(f"{name}: no such file, folder or data set; try --data stories, or a path")
-    return split(path.stem or path.resolve().name, documents)
+        return read_drawn(name, train_bytes)
+    parts = [name] if Path(name).exists() else name.split(",")
+    members = {part: find(part) for part in parts}
+
+    def pieces(note=lambda line: None):
+        for part, files in members.items():
+            for source, text, ends in formats.documents(files, text_column, note):
+                yield part if len(members) > 1 else source, text, ends
+
+    files = sorted({str(m.path) for found in members.values() for m in found})
+    stats = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
+    table = documents_table(pieces, (stats, members, text_column), progress)
+    return split(Path(name).stem or Path(name).resolve().name, pieces, table)
 
 
-def read_text(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8").removeprefix("\ufeff")  # a byte-order mark is no text
-    except UnicodeDecodeError as error:
+def find(name: str) -> list[formats.Member]:
+    """The files of a set or a path."""
+    if name in DRAWN:
+        raise ValueError(f"{name} has a validation text of its own; use it alone: --data {name}")
+    known = name in download.SETS
+    path = SETS / name if known else Path(name)
+    if not path.exists():
+        if known:
+            raise ValueError(f"{name} is not here yet; fetch it: python data/datasets.py {name}")
+        names = ", ".join([*DRAWN, *download.SETS])
         raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start} is 0x{content[error.start]:02x}); "
-            f"convert it: iconv -f cp1252 -t utf-8 {path} > utf8.txt"
-        ) from None
-    if "\0" in text:
-        raise ValueError(f"{path} is not text (it has a zero byte); name a plain text file")
-    return text.replace("\r\n", "\n")
+            f"{name}: no such file, folder or data set; try --data stories, a path, or one of "
+            f"{names}"
+        )
+    members = formats.find(path)
+    if not members:
+        remedy = f"fetch it: python data/datasets.py {name}" if known else "name another"
+        kinds = " ".join(formats.SUFFIXES)
+        raise ValueError(f"{path} holds no {kinds} or .zip file; put text there, or {remedy}")
+    return members
 
 
-def split_documents(text: str) -> list[str]:
-    """The parts between lines that hold nothing but the separator; empty ones are left out."""
-    if SEPARATOR not in text:
-        return [text] if text.strip() else []
-    parts, lines = [], []
-    for line in text.split("\n"):
-        if line.strip() == SEPARATOR:
-            parts.append("\n".join(lines))
-            lines = []
-        else:
-            lines.append(line)
-    parts.append("\n".join(lines))
-    return [part.strip("\n") for part in parts if part.strip()]
+# ----------------------------------------------------------------------------------------------
+# 2. The table of documents, and the split
+# ----------------------------------------------------------------------------------------------
 
 
-def split(name: str, documents: list[str]) -> Corpus:
+class Table(NamedTuple):
+    """What a first reading leaves, by document."""
+
+    digests: np.ndarray  # uint64, of its content
+    bodies: np.ndarray  # uint64, of its content without white space: copies have the same
+    n_chars: np.ndarray
+    n_bytes: np.ndarray  # in UTF-8
+    sources: np.ndarray  # indices into names
+    names: list[str]  # of sources
+    notes: list[str]  # what was guessed
+
+
+ARRAYS = Table._fields[:5]
+
+
+def documents_table(pieces, key, progress=None) -> Table:
+    """The table of a text; remembered as long as its files and these readers stay as they are."""
+    code = [Path(module.__file__).read_bytes() for module in (formats, sys.modules[__name__])]
+    path = CACHE / f"table-{hashlib.sha256(repr((code, key)).encode()).hexdigest()[:16]}.npz"
+    if path.exists():
+        with np.load(path) as saved:
+            return Table(*(saved[field] for field in ARRAYS), *json.loads(str(saved["words"])))
+    table = scan(pieces, progress)
+    with replacing(path) as file:
+        words = json.dumps([table.names, table.notes])
+        np.savez(file, words=words, **{field: getattr(table, field) for field in ARRAYS})
+    return table
+
+
+def scan(pieces, progress=None) -> Table:
+    digests, bodies, sources = array("Q"), array("Q"), array("B")
+    n_chars, n_bytes, names, notes = array("q"), array("q"), {}, []
+    digest, body, chars, size = hashlib.sha256(), hashlib.blake2b(digest_size=8), 0, 0
+    total, said = 0, 0.0
+    for source, text, ends in pieces(notes.append):
+        data = text.encode()
+        digest.update(data)
+        body.update(data.translate(None, b" \n\t"))
+        chars, size, total = chars + len(text), size + len(data), total + len(data)
+        if ends:
+            digests.append(int.from_bytes(digest.digest()[:8], "little"))
+            bodies.append(int.from_bytes(body.digest(), "little"))
+            n_chars.append(chars)
+            n_bytes.append(size)
+            sources.append(names.setdefault(source, len(names)))
+            digest, body, chars, size = hashlib.sha256(), hashlib.blake2b(digest_size=8), 0, 0
+        if progress and time.monotonic() - said > 0.2:
+            said = time.monotonic()
+            progress(f"reading    {total / 1e6:,.0f} MB, {len(digests):,} documents")
+    arrays = (np.array(column) for column in (digests, bodies, n_chars, n_bytes, sources))
+    return Table(*arrays, list(names), list(dict.fromkeys(notes)))
+
+
+def split(name: str, pieces, table: Table) -> Corpus:
     """One document in ten for validation, chosen by its content; a few long ones by position.
 
-    By content: adding documents later moves none from one side to the other, and two copies of a
-    document always land on the same side.
+    By content: adding documents later moves none from one side to the other. Copies (but for white
+    space) are left out. Of what is held out, as much is used as tells the loss well enough.
     """
-    size = sum(map(len, documents))
-    if not size:
+    fresh = np.zeros(len(table.digests), bool)
+    fresh[np.unique(table.bodies, return_index=True)[1]] = True
+    if not fresh.any():
         raise ValueError(f"{name} is empty; name a file with text in it")
-    if len(documents) >= 20:
-        held_out = [hashlib.sha256(d.encode()).digest()[0] % 10 == 0 for d in documents]
-        train = [d for d, held in zip(documents, held_out, strict=True) if not held]
-        val = [d for d, held in zip(documents, held_out, strict=True) if held]
-        if train and val:
-            how = f"{len(documents):,} documents, {len(val):,} of them for validation"
-            return Corpus(name, train, val, how)
-    left, train, val = int(0.9 * size), [], []
-    for document in documents:
-        train += [document[:left]] if left > 0 else []
-        val += [document[left:]] if len(document) > left else []
-        left = max(0, left - len(document))
-    return Corpus(name, train, val, f"{size:,} characters, the last 10% for validation")
+    copies, sources = np.sum(~fresh), table.names if len(table.names) > 1 else [name]
+    key = hashlib.sha256(table.digests.tobytes() + table.sources.tobytes()).hexdigest()[:16]
+    how = [f"{fresh.sum():,} documents"] + [f"{copies:,} copies left out"] * bool(copies)
+    if ends := ends_of_training(table, fresh):
+        pieces = partial(cut, Documents(pieces, fresh, 0, table.sources), ends)
+        table = scan(pieces)._replace(notes=table.notes)
+        fresh = np.ones(len(table.digests), bool)
+    held_out = fresh & by_content(table)
+    for source, end in ends.items():
+        own = table.sources == table.names.index(source)
+        held_out[own] = np.cumsum(table.n_chars[own]) > end
+        share = table.n_chars[held_out & own].sum() / table.n_chars[own].sum()
+        how.append(f"the last {share:.0%} of {source or name} for validation")
+    val, train = few_of(held_out, table), fresh & ~held_out
+    if len(ends) < len(table.names):
+        how.append(f"{val.sum():,} documents for validation")
+    if left := held_out.sum() - val.sum():
+        how.append(f"{left:,} more held out and not used")
+    sides = (
+        Documents(pieces, side, int(table.n_bytes[side].sum()), table.sources[side])
+        for side in (train, val)
+    )
+    return Corpus(name, "; ".join(how + table.notes), key, sources, *sides)
 
 
-def read_drawn(name: str) -> Corpus:
+def by_content(table: Table) -> np.ndarray:
+    """Whether a document is held out: by a byte of its hash, one in ten."""
+    return (table.digests & np.uint64(255)) % 10 == 0
+
+
+def ends_of_training(table: Table, fresh: np.ndarray) -> dict[str, int]:
+    """{source: characters} for the sources of so few documents that the split cuts one of them."""
+    ends = {}
+    for source, name in enumerate(table.names):
+        own = fresh & (table.sources == source)
+        held_out = own & by_content(table)
+        if own.sum() < FEW or held_out.sum() in (0, own.sum()):
+            total = int(table.n_chars[own].sum())
+            ends[name] = max(int(0.9 * total), total - MOST_VAL // len(table.names))
+    return ends
+
+
+def cut(documents: Documents, ends: dict[str, int], note=None):
+    """Yields (source, text, ends) with a document's end after so many characters of a source."""
+    left = dict(ends)
+    for source, text, whole in documents.all():
+        if (at := left.get(source, 0)) > 0:
+            if at < len(text) or (at == len(text) and not whole):
+                yield source, text[:at], True
+                text = text[at:]
+            left[source] = at - len(text)
+        if text or whole:
+            yield source, text, whole
+
+
+def few_of(held_out: np.ndarray, table: Table) -> np.ndarray:
+    """The held-out documents of the smallest hashes, MOST_VAL bytes shared by the sources."""
+    order = np.argsort(table.digests >> np.uint64(8), kind="stable")
+    order, chosen = order[held_out[order]], np.zeros_like(held_out)
+    for source in range(len(table.names)):
+        own = order[table.sources[order] == source]
+        before = np.cumsum(table.n_bytes[own]) - table.n_bytes[own]
+        chosen[own[before < MOST_VAL / len(table.names)]] = True
+    return chosen
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Drawn corpora
+# ----------------------------------------------------------------------------------------------
+
+
+def read_drawn(name: str, train_bytes: int = 0) -> Corpus:
     """A drawn corpus with its exact floor, and what each byte of the validation text is."""
-    paths = DRAWN[name].write(CACHE)
-    train, val = (split_documents(path.read_text()) for path in (paths.train, paths.val))
+    paths = DRAWN[name].write(CACHE, train_bytes) if train_bytes else DRAWN[name].write(CACHE)
+    train, val = (read_own(path) for path in (paths.train, paths.val))
     kinds, bits = [], np.zeros(len(KINDS))
     for document, (_, _, spans) in zip(val, json.loads(paths.floor.read_text()), strict=True):
         kind = np.full(len(document) + len(SEPARATOR), KINDS.index("rest"), np.uint8)
@@ -112,4 +283,44 @@ def read_drawn(name: str) -> Corpus:
             bits[KINDS.index(of)] += cost
         kinds.append(kind)
     how = f"{len(train):,} documents drawn by data/{name}.py, {len(val):,} others for validation"
-    return Corpus(name, train, val, how, np.concatenate(kinds), bits)
+    key = paths.train.name.removesuffix("-train.txt")
+    return Corpus(name, how, key, [name], train, val, np.concatenate(kinds), bits)
+
+
+def read_own(path: Path) -> Documents:
+    """All documents of a file that stories.write made."""
+
+    def pieces():
+        with open(path, "rb") as file:
+            for text, ends in split_documents(formats.text_blocks(file, path.name)):
+                yield "", text, ends
+
+    n = sum(1 for _ in pieces())
+    size = path.stat().st_size - n * len(stories.END)
+    return Documents(pieces, np.ones(n, bool), size, np.zeros(n, np.uint8))
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. Command line
+# ----------------------------------------------------------------------------------------------
+
+
+def main(arguments=None) -> None:
+    parser = stories.OneLineParser(description="Fetches a public data set.")
+    parser.add_argument("name", metavar="NAME", choices=sorted(download.SETS))
+    parser.add_argument("--limit", metavar="SIZE", type=download.size, help="500MB, 2GB, ...")
+    try:
+        asked = parser.parse_args(arguments)
+        path = download.fetch(asked.name, SETS / asked.name, asked.limit)
+        print(f"{path} ({path.stat().st_size / 1e6:,.1f} MB)")
+        print(f"next: python train.py --data {asked.name}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}".splitlines()[0], file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ to install it; with LAMOE_REQUIRE_ORACLES=1 (as in .ci/run) a missing oracle is 
 import importlib
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import lamoe
+from data import datasets
 
 torch.set_num_threads(1)  # same sums in the same order everywhere, and no quarrel over the cores
 settings.register_profile(
@@ -55,6 +57,19 @@ def pytest_runtest_makereport(item):
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report():  # importorskip at the top of a file skips before any mark is read
     return fail_if_skipped((yield))
+
+
+# ---------------------------------------------------------------------------------------------
+# What a run leaves: in a folder that goes away
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache of its own for each test: none finds what another left."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets, "CACHE", folder)
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------
@@ -137,3 +152,11 @@ def assert_close(ours, reference, tolerance):
     ours, reference = ours.double(), reference.double()
     error = (ours - reference).abs().max() / reference.abs().max().clamp(min=1.0)
     assert error <= tolerance, f"differs by {error:.2e}, allowed {tolerance:.0e}"
+
+
+def encode(tokenizer, documents):
+    """What data/tokens.py keeps on the disk: <|endoftext|>, then each document and another one."""
+    ids = [tokenizer.eot]
+    for document in documents:
+        ids += [*tokenizer.encode(document), tokenizer.eot]
+    return np.array(ids, np.uint16)

@@ -139,7 +139,7 @@ def test_written_corpus_is_the_drawn_one_and_is_read_with_its_floor(tmp_path, mo
 
     monkeypatch.setattr(facts, "write", lambda folder: paths)
     corpus = datasets.read("facts")
-    assert corpus.train == list(itertools.islice(facts.texts(**SMALL), len(corpus.train)))
+    assert list(corpus.train) == list(itertools.islice(facts.texts(**SMALL), len(corpus.train)))
     floor = json.loads(paths.floor.read_text())
     assert len(floor) == len(corpus.val)
     assert corpus.floor_bits.tolist() == [0, pytest.approx(sum(bits for _, bits, _ in floor)), 0]

@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROUTERS, random_model, small_config
+from conftest import ROUTERS, encode, random_model, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
@@ -289,7 +289,7 @@ def test_the_default_folder_is_never_one_that_exists():
     assert os.listdir("runs/text-3") == []
 
 
-@pytest.mark.parametrize("left", ["log.csv", "last.pt", "best.pt"])
+@pytest.mark.parametrize("left", ["log.csv", "load.csv", "last.pt", "best.pt"])
 def test_a_folder_that_holds_any_file_of_a_run_is_refused(left, capsys):
     start("run", "--steps 1")
     for path in Path("run").iterdir():
@@ -408,7 +408,7 @@ def naive_nats(model, ids, eot, length):
 def test_evaluation_equals_a_naive_loop_token_by_token(length):
     documents = ["Once, été.", "😀", "a much longer document, cut into several windows", "b c"]
     tokenizer = Tokenizer.train(documents, 275)
-    ids = train.encode(tokenizer, documents)
+    ids = encode(tokenizer, documents)
     model = random_model(small_config(vocab_size=tokenizer.vocab_size, seq_len=length))
     spans = train.windows(ids, tokenizer.eot, length)
     nats = naive_nats(model, ids, np.flatnonzero(ids == tokenizer.eot).tolist(), length)
@@ -429,7 +429,7 @@ def test_evaluation_equals_a_naive_loop_token_by_token(length):
 
 
 def test_evaluation_leaves_the_model_as_it_was_and_repeats_itself():
-    ids = train.encode(BYTES, [make_text(100)])
+    ids = encode(BYTES, [make_text(100)])
     spans = train.windows(ids, BYTES.eot, 16)
     model = random_model(small_config(vocab_size=257)).train()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -514,7 +514,7 @@ def test_every_field_is_a_flag_and_nothing_else_is(capsys):
     assert call(train, "--help") == 0
     flags = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     fields = [f for cls in (train.TrainConfig, lamoe.Config) for f in dataclasses.fields(cls)]
-    expected = {"--help", "--resume"} | {f"--{field.name}" for field in fields}
+    expected = {"--help", "--resume", "--plot"} | {f"--{field.name}" for field in fields}
     expected |= {f"--no-{field.name}" for field in fields if field.type is bool}
     assert flags == expected
     assert len({field.name for field in fields}) == len(fields), "a name in both dataclasses"

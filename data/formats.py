@@ -1,0 +1,411 @@
+"""Files to documents: folders, zips, texts, tables, and the little cleaning that known sets need.
+
+A zip is read where it lies and never unpacked, so none of its members can land anywhere. Nothing is
+ever read whole: each reader is a generator of (text, ends), and a document longer than PIECE comes
+in pieces, of which the last one `ends`. Pieces are cut only where no word of bpe.py changes.
+
+Which set a file belongs to is seen from its layout alone, wherever it came from:
+
+| layout                                   | a document is | cleaned                               |
+|------------------------------------------|---------------|---------------------------------------|
+| .../business/001.txt and four more (BBC) | a file        | cp1252 where it is not UTF-8          |
+| .../AA/wiki_00 (Wikipedia)               | an article    | "word ()" to "word"                   |
+| a csv with a speaker and a line          | a scene       | stage directions out                  |
+| a csv with page, section_title, text     | a page        | formulas folded, "word ()" to "word"  |
+| any other csv or jsonl                   | a row         |                                       |
+| any other text                           | a file, or what lines <|endoftext|> separate in it    |
+"""
+
+import codecs
+import contextlib
+import csv
+import io
+import itertools
+import json
+import re
+import zipfile
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+SEPARATOR = "<|endoftext|>"  # a line of its own in files, a token for the model
+BLOCK = 1 << 20  # read at a time [bytes]
+PIECE = 1 << 20  # longer documents come in pieces [characters]
+LONGEST_LINE = 1 << 26  # of a csv or jsonl [characters]
+SUFFIXES = (".txt", ".md", ".csv", ".jsonl")
+CATEGORIES = "business entertainment politics sport tech".split()
+BBC = re.compile(rf"(?:^|/)({'|'.join(CATEGORIES)})/\d+\.txt$")
+WIKI = re.compile(r"(?:^|/)[A-Z]{2}/wiki_\d+$")
+MOST_SOURCES = 8  # more subfolders than that are no kinds of text
+csv.field_size_limit(LONGEST_LINE)
+
+# ----------------------------------------------------------------------------------------------
+# 1. What is there: files, and members of zips
+# ----------------------------------------------------------------------------------------------
+
+
+class Member(NamedTuple):
+    path: Path  # of a file, or of the zip it is in
+    inside: str  # its name in the zip, else ""
+    name: str  # as a person would look for it
+    source: str = ""  # the kind of text, where folders tell: "sport"
+
+
+def find(path: Path) -> list[Member]:
+    """The readable files at a path in a stable order; of a known set only what belongs to it."""
+    if path.is_file() and not is_zip(path):
+        return [Member(path, "", path.name)]  # whatever it is called
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    members = []
+    for file in files:
+        name = file.name if file == path else file.relative_to(path).as_posix()
+        if is_zip(file):
+            members += [Member(file, inside, f"{name}/{inside}") for inside in zip_names(file)]
+        else:
+            members.append(Member(file, "", name))
+    hidden = re.compile(r"(?:^|/)(?:\.|__MACOSX/)")
+    members = [m for m in members if not hidden.search(m.name)]
+    bbc = [m for m in members if BBC.search(m.name) and "/Summaries/" not in f"/{m.name}"]
+    if {BBC.search(m.name)[1] for m in bbc} == set(CATEGORIES):
+        return [m._replace(source=BBC.search(m.name)[1]) for m in bbc]
+    wiki = [m for m in members if WIKI.search(m.name)]
+    readable = [m for m in members if m.name.lower().endswith(SUFFIXES)]
+    return wiki or by_folder(readable)
+
+
+def is_zip(path: Path) -> bool:
+    return path.suffix.lower() == ".zip"
+
+
+def by_folder(members: list[Member]) -> list[Member]:
+    """The members with the topmost folders that tell them apart as sources, if these are few."""
+    parts = [m.name.split("/") for m in members]
+    depth = 0
+    while members and min(map(len, parts)) > depth + 1 and len({p[depth] for p in parts}) == 1:
+        depth += 1
+    tops = {p[depth] for p in parts if len(p) > depth + 1}
+    if not 2 <= len(tops) <= MOST_SOURCES or any(len(p) == depth + 1 for p in parts):
+        return members
+    return [m._replace(source=p[depth]) for m, p in zip(members, parts, strict=True)]
+
+
+def zip_names(path: Path) -> list[str]:
+    """Names of a zip's files, sorted. Refused: what is no zip, wants a password, or is a bomb."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            files = [info for info in archive.infolist() if not info.is_dir()]
+    except zipfile.BadZipFile:
+        raise ValueError(f"{path} is no whole zip; delete it and fetch it again") from None
+    if any(info.flag_bits & 1 for info in files):
+        raise ValueError(f"{path} wants a password; unpack it yourself and name the folder")
+    sizes = [(info.file_size, info.compress_size) for info in files]
+    for unpacked, packed in (*sizes, (sum(size for size, _ in sizes), path.stat().st_size)):
+        if unpacked > max(100 * packed, 1 << 26):  # text shrinks to a third, hardly to a tenth
+            raise ValueError(
+                f"{path} would unpack from {packed / 1e6:.1f} to {unpacked / 1e6:,.0f} MB, as no "
+                f"text does; unpack it yourself if you trust it, and name the folder"
+            )
+    return sorted(info.filename for info in files)
+
+
+def opened(members: list[Member]):
+    """Yields each member and its open binary file; a zip stays open from one to the next."""
+    for path, group in itertools.groupby(members, key=lambda member: member.path):
+        with zipfile.ZipFile(path) if is_zip(path) else contextlib.nullcontext() as archive:
+            for member in group:
+                with archive.open(member.inside) if archive else open(path, "rb") as file:
+                    yield member, file
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. Bytes to text
+# ----------------------------------------------------------------------------------------------
+
+
+def text_blocks(file, name: str):
+    """Yields the text of a UTF-8 file block by block, with line ends of any system as \\n.
+
+    ValueError names the byte that is not UTF-8. A byte-order mark is no text and left out.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder, done = io.IncrementalNewlineDecoder(decoder, translate=True), 0
+    for data in itertools.chain(iter(partial(file.read, BLOCK), b""), [b""]):
+        if not done and (kind := looks_like_utf16(data)):
+            raise ValueError(
+                f"{name} is UTF-16 text, not UTF-8 (byte 0 is 0x{data[0]:02x}); convert it: "
+                f"iconv -f {kind} -t utf-8 {name} > utf8.txt"
+            )
+        done += len(data)
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:  # error.object: `data` and what was held back
+            at = done - len(error.object) + error.start
+            raise ValueError(
+                f"{name} is not UTF-8 text (byte {at} is 0x{error.object[error.start]:02x}); "
+                f"convert it: iconv -f cp1252 -t utf-8 {name} > utf8.txt"
+            ) from None
+        if "\0" in text:
+            raise ValueError(f"{name} is not text (it has a zero byte); name a plain text file")
+        yield text
+
+
+def looks_like_utf16(data: bytes) -> str:
+    """iconv's name for the encoding: by its mark, else by zeros in every other byte."""
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    for kind, start in (("utf-16le", 1), ("utf-16be", 0)):
+        other = data[start:1000:2]
+        if (
+            len(data) > 20
+            and other.count(0) > 0.7 * len(other)
+            and not data[1 - start : 1000 : 2].count(0)
+        ):
+            return kind
+    return ""
+
+
+def lines(blocks, name: str):
+    """Yields lines with their \\n, as the csv module wants them."""
+    rest = ""
+    for block in blocks:
+        *whole, rest = (rest + block).split("\n")
+        for line in whole:
+            yield line + "\n"
+        if len(rest) > LONGEST_LINE:
+            raise ValueError(
+                f"{name} has a line of more than {LONGEST_LINE >> 20} million characters, which no "
+                f"table has; if it is plain text, rename it to .txt"
+            )
+    if rest:
+        yield rest
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Text to documents
+# ----------------------------------------------------------------------------------------------
+
+separator_line = re.compile(rf"^[^\S\n]*{re.escape(SEPARATOR)}[^\S\n]*(?:\n|\Z)", re.M)
+# Where bpe.py may be given a text in two parts: after a line break before a non-space, and before
+# a space after a non-space; here not before a separator, which would then look like a line.
+find_cut = re.compile(rf"(?<=\n)(?=\S)|(?<=\S)(?= (?!\s*{re.escape(SEPARATOR)}))")
+
+
+def split_documents(blocks):
+    """Yields (text, ends): the parts between lines that hold nothing but the separator.
+
+    Line breaks around a separator go with it. Blank documents are left out.
+    """
+    text, inside, separated = "", False, False
+    for block in itertools.chain(blocks, [None]):
+        text += block or ""
+        known = len(text) if block is None else text.rfind("\n") + 1  # the last line may go on
+        *documents, rest = separator_line.split(text[:known])
+        for document in documents:
+            document = document.rstrip("\n") if inside else document.strip("\n")
+            if inside or document.strip():
+                yield document, True
+            inside, separated = False, True
+        text = rest + text[known:]
+        text = text if inside else text.lstrip("\n")
+        while len(text) > PIECE and block is not None:
+            cut = find_cut.search(text, PIECE)
+            if not cut and len(text) < 16 * PIECE:
+                break
+            at = cut.start() if cut else PIECE  # 16 megabytes without a gap: no text that we know
+            yield text[:at], False
+            text, inside = text[at:], True
+    text = text.rstrip("\n") if separated else text
+    if inside or text.strip():
+        yield text, True
+
+
+def split_articles(blocks):
+    """Yields the articles of a Wikipedia dump: three or more blank lines separate them."""
+    text = ""
+    for block in itertools.chain(blocks, [None]):
+        text += block or ""
+        *whole, text = re.split(r"\n(?:[^\S\n]*\n){3,}", text)
+        if block is None:
+            whole.append(text)
+        for article in whole:
+            if article.strip():
+                yield remove_empty_brackets(article.strip("\n")), True
+
+
+def remove_empty_brackets(text: str) -> str:
+    """Without the brackets whose content (a pronunciation, say) was lost on the way.
+
+    >>> remove_empty_brackets("an algorithm () is f() ( )")
+    'an algorithm is f()'
+    """
+    return re.sub(r" \([\s,;]*\)", "", text)
+
+
+def fold_formulas(text: str) -> str:
+    r"""Each formula that MathML spread over a ladder of lines, as its last rung: the TeX.
+
+    >>> fold_formulas("the field \n  \n    \n      B\n    \n    \\mathbf {B}\n  , in terms")
+    'the field \\mathbf {B}, in terms'
+    """
+    tex = re.compile(r"\{\\displaystyle (.*)\}")
+
+    def last_rung(found):
+        rung = found[1].strip()
+        return " " + (tex.fullmatch(rung) or [rung, rung])[1].strip()
+
+    return re.sub(r"[^\S\n]*\n(?: {2,}[^\n]*\n)* {4,}(\S[^\n]*)\n {2}", last_rung, text)
+
+
+def remove_directions(line: str) -> str:
+    """A spoken line without what is not spoken.
+
+    >>> remove_directions("Ay me! [Aside] She speaks. [Exit]")
+    'Ay me! She speaks.'
+    """
+    return " ".join(re.sub(r"\[[^\]]*\]", " ", line).split())
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. Tables to documents
+# ----------------------------------------------------------------------------------------------
+
+# Column names without capitals and punctuation, likeliest first; a part of a name will do for the
+# first two, as nobody agreed on them.
+SPEAKERS = ("player", "speaker", "character")
+LINES = ("playerline", "textentry", "dialogue", "dialog", "quote", "speech", "line", "text")
+PLAYS = ("play", "playname", "movie", "film", "movietitle", "title", "episode")
+PLACES = ("actsceneline", "linenumber")  # "1.2.77": act, scene, line; empty: nobody speaks
+TEXTS = ("text", "content", "body", "article", "story", "document", "review", "description")
+
+
+def csv_rows(blocks, name: str):
+    """Yields a csv's rows as dicts; the commonest of , ; and tab in its first line separates."""
+    found = lines(blocks, name)
+    first = next(found, "")
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.DictReader(itertools.chain([first], found), delimiter=delimiter)
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ValueError(f"{name} is no csv at line {reader.line_num}: {error}") from None
+
+
+def jsonl_rows(blocks, name: str):
+    """Yields the objects of a jsonl file; a line that is a string is an object with `text`."""
+    for number, line in enumerate(lines(blocks, name), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise ValueError(
+                f"{name} is no jsonl at line {number}: {line[:30]!r}; each line must be JSON"
+            ) from None
+        row = {"text": row} if isinstance(row, str) else row
+        if not isinstance(row, dict):
+            raise ValueError(f"{name}, line {number} is neither an object nor a string")
+        yield {k: v.encode("utf-8", "replace").decode() for k, v in row.items() if type(v) is str}
+
+
+def column(header, wanted: tuple, part=False) -> str | None:
+    """The column that has the first of the wanted names, or, of those with a part of it, one."""
+    plain = {name: re.sub("[^a-z]", "", name.lower()) for name in header if name}
+    exact = [name for want in wanted for name in plain if plain[name] == want]
+    numbers = ("number", "id", "no", "dataline", "place")
+    parts = [
+        name
+        for want in wanted
+        for name in plain
+        if part and want in plain[name] and not plain[name].endswith(numbers)
+    ]
+    return next(iter(exact + parts), None)
+
+
+def table(rows, name: str, text_column: str, note):
+    """Yields the documents of a table, and tells note() which columns they come from."""
+    rows = iter(rows)
+    first = list(itertools.islice(rows, 50))
+    rows, header = itertools.chain(first, rows), list(first[0]) if first else []
+    if text_column:
+        if first and text_column not in header:
+            have = ", ".join(map(str, header))
+            raise ValueError(f"{name} has no column {text_column!r}; it has: {have}")
+        return (row.get(text_column) or "" for row in rows)
+    if {"page", "section_title", "text"} <= set(header):
+        note(f"{name} has pages in sections")
+        return pages(rows)
+    speaker, line = column(header, SPEAKERS, part=True), column(header, LINES, part=True)
+    if speaker and line and speaker != line:
+        note(f"{name} has lines {line!r} of speakers {speaker!r}")
+        return scenes(rows, speaker, line, column(header, PLAYS), column(header, PLACES))
+    lengths = {key: sum(len(str(row.get(key) or "")) for row in first) for key in header if key}
+    chosen = column(header, TEXTS) or max(lengths, key=lengths.get, default="")
+    note(f"{name}: text is column {chosen!r} (another: --text_column)")
+    return (row.get(chosen) or "" for row in rows)
+
+
+def pages(rows):
+    """A page's sections, each under its title, formulas folded."""
+    for page, sections in itertools.groupby(rows, key=lambda row: row["page"]):
+        parts = [page or ""]
+        for row in sections:
+            text = remove_empty_brackets(fold_formulas(row["text"] or ""))
+            parts += [row["section_title"] or "", text]
+        yield "\n\n".join(part.strip() for part in parts if part.strip())
+
+
+def scenes(rows, speaker: str, line: str, play: str | None, place: str | None):
+    """A scene's speeches: NAME:, the lines, a blank line. Rows that nobody speaks are left out."""
+
+    def scene(row):  # "5.2.381" is line 381 of scene 5.2; a plain number says nothing
+        return row.get(play), (row.get(place) or "").rpartition(".")[0]
+
+    spoken = (row for row in rows if (not place or row.get(place)) and row.get(speaker))
+    for _, group in itertools.groupby(spoken, key=scene):
+        speeches = []
+        for name, speech in itertools.groupby(group, key=lambda row: row[speaker].strip()):
+            said = [remove_directions(row.get(line) or "") for row in speech]
+            if any(said):
+                speeches.append("\n".join([f"{name}:", *filter(None, said)]))
+        yield "\n\n".join(speeches)
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. All of it
+# ----------------------------------------------------------------------------------------------
+
+
+def documents(members: list[Member], text_column: str = "", note=print):
+    """Yields (source, text, ends) of all documents of these files, one after the other."""
+    for member, file in opened(members):
+        try:
+            for text, ends in documents_of(member, file, text_column, note):
+                yield member.source, text, ends
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            raise ValueError(
+                f"{member.path} is damaged at {member.inside}, or packed in a way Python can't "
+                f"unpack ({error}); fetch it again, or unpack it yourself and name the folder"
+            ) from None
+
+
+def documents_of(member: Member, file, text_column: str, note):
+    """Yields (text, ends) of one file, read as its name and its first line ask for."""
+    suffix = Path(member.name).suffix.lower()
+    if member.source in CATEGORIES and BBC.search(member.name):
+        return split_documents([utf8_or_cp1252(file.read())])
+    blocks = text_blocks(file, f"{member.path}/{member.inside}".rstrip("/"))
+    if suffix in (".csv", ".jsonl"):
+        rows = (csv_rows if suffix == ".csv" else jsonl_rows)(blocks, member.name)
+        texts = table(rows, member.name, text_column, note)
+        return ((text, True) for text in texts if text.strip())
+    return (split_articles if WIKI.search(member.name) else split_documents)(blocks)
+
+
+def utf8_or_cp1252(content: bytes) -> str:
+    """For the BBC set, in which a pound sign of one file is 0xA3."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", "replace")
+    return text.replace("\r\n", "\n")

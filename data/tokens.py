@@ -1,0 +1,80 @@
+"""Documents to one flat array of ids on disk, memory-mapped: <|endoftext|>, then each document and
+another <|endoftext|>.
+
+The array is made once and kept under a name that says which text and which tokenizer it is of. It
+grows under a temporary name and is renamed when all of it is on the disk, so that an array that was
+cut off is never taken for a whole one. Memory holds one batch of text at a time.
+"""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+
+BATCH = 1 << 22  # encoded at a time [characters]
+
+
+def encode(documents, tokenizer, path: Path, progress=None) -> np.ndarray:
+    """The ids of a datasets.Documents, mapped; made if not there."""
+    if not path.exists():
+        with replacing(path) as file:
+            write_ids(file, documents.pieces(), documents.n_bytes, tokenizer, progress)
+    return np.memmap(path, tokenizer.encode_array([]).dtype, "r")
+
+
+def write_ids(file, pieces, n_bytes: int, tokenizer, progress=None) -> None:
+    """Writes the ids of (text, ends) pieces batch by batch; a disk too small is seen at once."""
+    started, read = time.perf_counter(), 0
+    file.write(tokenizer.encode_array([""]).tobytes())  # the <|endoftext|> before the first
+    for texts, ends in batches(pieces):
+        ids = tokenizer.encode_array(texts)
+        file.write(memoryview(ids if ends else ids[:-1]))
+        first, read = not read, read + sum(len(text.encode()) for text in texts)
+        share = min(1.0, read / max(1, n_bytes))
+        expected, free = file.tell() / share, shutil.disk_usage(file.name).free
+        if first and expected - file.tell() > free:
+            raise ValueError(
+                f"the ids of this text take about {expected / 1e9:.1f} GB and {file.name} is on a "
+                f"disk with {free / 1e9:.1f} GB left; make room, or train on less text"
+            )
+        if progress:
+            left = (time.perf_counter() - started) * (1 - share) / share
+            progress(f"encoding   {100 * share:.0f}% of {n_bytes / 1e6:,.0f} MB, {left:.0f} s left")
+
+
+def batches(pieces):
+    """Yields (texts, ends): about BATCH characters at a time; `ends` is of the last text."""
+    texts, size = [], 0
+    for text, ends in pieces:
+        texts.append(text)
+        size += len(text)
+        if size >= BATCH or not ends:  # encode_array ends each of its texts but the last as we like
+            yield texts, ends
+            texts, size = [], 0
+    if texts:
+        yield texts, True
+
+
+class replacing:
+    """A binary file that takes its place only when all of it is written: with replacing(p) as f."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed in __exit__
+        return self.file
+
+    def __exit__(self, error, *rest):
+        with self.file:
+            if not error:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+        if error:
+            self.temporary.unlink(missing_ok=True)
+        else:
+            os.replace(self.temporary, self.path)
