@@ -41,6 +41,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
@@ -215,26 +216,37 @@ class Score(typing.NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(model, ids, spans, tokenizer, settings: TrainConfig, kinds=None) -> Score:
-    """Scores every token of ids but the first, each once, in the window whose span it is in."""
-    was_training = model.training
+def evaluate(model, ids, spans, tokenizer, settings, kinds=None, ranks=None) -> Score:
+    """Scores every token of ids but the first, each once, in the window whose span it is in.
+
+    Several ranks share the windows, unless told that this one is alone: ranks=Ranks().
+    """
+    ranks, was_training = ranks or RANKS, model.training
     model.eval()
-    device = model.embed.weight.device
-    length, nats = model.config.seq_len, np.zeros(len(ids) - 1)
-    for block in np.array_split(spans, math.ceil(len(spans) / 8)):
-        at = block[:, :1] + np.arange(length)
-        counted = at < block[:, 1:]
-        at = np.where(counted, at, block[:, :1])
-        inputs, targets = (
-            torch.from_numpy(ids[at + offset].astype(np.int64)).to(device) for offset in (0, 1)
-        )
-        with autocast(settings):
-            logits = model(inputs).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="none"
-        )
-        nats[at[counted]] = losses.view(targets.shape).cpu().numpy()[counted]
+    device, length = model.embed.weight.device, model.config.seq_len
+    rows = max(1, (2_048 if settings.device == "cpu" else 16_384) // length)
+    missing = -len(spans) % (rows * ranks.world)  # empty ones, so that all blocks are of one shape
+    blocks = np.concatenate([spans, np.zeros((missing, 2), spans.dtype)])
+    nats = np.zeros(len(ids) - 1)
+    with torch.compiler.set_stance("force_eager"):  # not worth a compilation of its own
+        for block in blocks.reshape(-1, ranks.world, rows, 2)[:, ranks.rank]:
+            at = block[:, :1] + np.arange(length)
+            counted = at < block[:, 1:]
+            at = np.where(counted, at, block[:, :1])
+            inputs, targets = (
+                torch.from_numpy(ids[at + offset].astype(np.int64)).to(device) for offset in (0, 1)
+            )
+            with autocast(settings):
+                logits = model(inputs).logits.float()
+            losses = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), reduction="none"
+            )
+            nats[at[counted]] = losses.view(targets.shape).cpu().numpy()[counted]
     model.train(was_training)
+    if ranks.world > 1:
+        total = torch.from_numpy(nats).to(device, torch.float32)
+        dist.all_reduce(total)
+        nats = total.double().cpu().numpy()
     sizes = tokenizer.byte_lengths[ids[1:]]
     bits = nats / math.log(2)
     by_kind = None
@@ -595,7 +607,7 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) ->
             f"to validate do not fill a context of {length}; give more text, or a --seq_len of "
             f"{max(1, min(len(train_ids), len(val_ids)) - 2)} or less"
         )
-    batches = Batches(train_ids, tokenizer.eot, length, settings.batch_size, settings.seed)
+    batches = Batches(train_ids, tokenizer.eot, length, settings.batch_size, settings.seed, RANKS)
     say(
         f"tokens     {len(train_ids):,} of a vocabulary of {tokenizer.vocab_size:,} "
         f"({n_bytes / len(train_ids):.2f} bytes each); {len(batches.starts):,} windows of {length}"
@@ -644,13 +656,15 @@ def settle(given: dict, saved: dict | None, corpus) -> tuple[TrainConfig, dict]:
     if saved:
         settled = {**saved["config"], **saved["train_config"], **saved["given"]}
         for name, value in given.items():
-            if name not in ("out", "device") and value != settled[name]:
+            if name not in PLACES and value != settled[name]:
                 raise ValueError(
                     f"--{name} {value} differs from the run's {settled[name]}; leave it out to "
                     f"resume, or start a new run with another --out"
                 )
         settings = TrainConfig(**saved["train_config"])
         settings.device = lamoe.pick_device(given.get("device", settings.device))
+        settings.compile = given.get("compile", settings.compile and settings.device == "cuda")
+        settings.fsdp = given.get("fsdp", False)
         return settings, saved["config"]
     device = lamoe.pick_device(given.get("device", "auto"))
     preset = given.get("preset") or ("gpu" if device == "cuda" else "laptop")
@@ -698,7 +712,12 @@ def check_memory(config: lamoe.Config) -> None:
         )
 
 
+PLACES = ("out", "device", "compile", "fsdp")  # where a run happens: free to differ on a resume
 RUN_FILES = ("last.pt", "best.pt", "log.csv", "load.csv")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def first_free(path: str | Path) -> Path:
@@ -771,11 +790,12 @@ def set_aside(folder: Path) -> None:
 
 
 def say(text: str) -> None:
-    print(f"{text:79}", flush=True)
+    if RANKS.rank == 0:
+        print(f"{text:79}", flush=True)
 
 
 def say_in_place(text: str) -> None:
-    if sys.stdout.isatty():
+    if RANKS.rank == 0 and sys.stdout.isatty():
         print(f"{text[:79]:79}", end="\r", flush=True)
 
 
@@ -822,13 +842,13 @@ def spread(model: lamoe.LaMoE, settings: TrainConfig):
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    whole = {weight for name, weight in model.named_parameters() if not is_sharded(name)}
+    others = {weight for name, weight in model.named_parameters() if not is_sharded(name)}
     dtype = torch.bfloat16 if settings.dtype == "bf16" else None
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     mesh = dist.device_mesh.init_device_mesh(settings.device, (RANKS.world,))
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=others)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=others)
     return model.to(settings.device)
 
 
@@ -836,7 +856,9 @@ def synchronize(parallel, on: bool):
     """A context in which backward averages gradients over the ranks, or leaves that for later."""
     if hasattr(parallel, "set_requires_gradient_sync"):  # FSDP
         parallel.set_requires_gradient_sync(on)
-    return parallel.no_sync() if hasattr(parallel, "no_sync") and not on else nullcontext()
+    if hasattr(parallel, "no_sync") and not on:  # DDP
+        return parallel.no_sync()
+    return contextlib.nullcontext()
 
 
 def average_whole(parallel) -> None:
@@ -866,9 +888,32 @@ def clip(parameters, most: float) -> torch.Tensor:
     return total
 
 
-def gathered(state):
+def whole(state):
     """A state dict with every shard made whole: the same file whatever the number of ranks."""
     return tree_map(lambda x: x.full_tensor() if is_shard(x) else x, state)
+
+
+def same_on_all(choose):
+    """What rank 0 chooses, on every rank."""
+    choice = [choose() if RANKS.rank == 0 else None]
+    if RANKS.world > 1:
+        dist.broadcast_object_list(choice)
+    return choice[0]
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    if RANKS.rank > 0:
+        dist.barrier()
+    yield
+    if RANKS.rank == 0 and RANKS.world > 1:
+        dist.barrier()
+
+
+def on_any_rank(flag: bool) -> bool:
+    flags = [None] * RANKS.world
+    dist.all_gather_object(flags, flag)
+    return any(flags)
 
 
 def mean_of_ranks(x: torch.Tensor) -> torch.Tensor:
@@ -899,7 +944,7 @@ class Meter:
 
     def row(self) -> dict:
         """Columns of the log; a dense model has no load."""
-        n, loss, aux, dropped, grad_norm = self.scalars.tolist()
+        n, loss, aux, dropped, grad_norm = mean_of_ranks(self.scalars.clone()).tolist()
         row = {"train_loss": loss / n, "aux": aux / n, "dropped": dropped / n}
         row["grad_norm"] = grad_norm
         if self.load.numel():
@@ -953,109 +998,148 @@ def compile_blocks(model, parallel, batches: Batches, settings: TrainConfig) -> 
     """Compiles the model, and runs it once, so that no step of the log has that time in it."""
     if not settings.compile:
         return
-    started, rng = time.perf_counter(), [torch.get_rng_state(), torch.cuda.get_rng_state()]
-    say("compile    writing kernels; once, under a minute")
+    started = time.perf_counter()
+    say("compile    writing kernels for this model; about half a minute, less the next time")
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=settings.device))
     except Exception as error:  # whatever a missing compiler makes of it
-        say(f"           no compiler here ({str(error).splitlines()[0][:50]}): slower without")
-        return
+        return say(f"           there is no compiler here ({first_line(error)}): going on without")
     model.compile()
-    inputs, targets = batches(0, settings.device)
-    with autocast(settings):
-        out = parallel(inputs, targets)
-    (out.loss + out.aux).backward()
+    with torch.random.fork_rng():  # as if it had not been
+        inputs, targets = batches(0, settings.device)
+        with autocast(settings):
+            out = parallel(inputs, targets)
+        (out.loss + out.aux).backward()
     for weight in model.parameters():
         weight.grad = None
-    torch.set_rng_state(rng[0])
-    torch.cuda.set_rng_state(rng[1])
     say(f"           done in {time.perf_counter() - started:.0f} s")
 
 
 def train(given: dict, resume: bool) -> None:
     """The whole run: set up, go on from a checkpoint if there is one, loop, close."""
-    folder = old_folder(given) if resume else new_folder(given)
-    held = lock(folder) if resume else None
+    join(lamoe.pick_device(given.get("device", "auto")))
+    folder = same_on_all(lambda: old_folder(given) if resume else new_folder(given))
+    held = lock(folder) if resume and RANKS.rank == 0 else None
     saved = usable_checkpoint(folder) if resume else None
     asked = saved["train_config"] if saved else {**vars(TrainConfig()), **given}
-    tracker = Tracker(asked["track"])
-    corpus = datasets.read(asked["data"], asked["text_column"], progress=say_in_place)
-    settings, known = settle(given, saved, corpus)
-    data = load_data(settings, known, saved, corpus)
+    tracker = Tracker(asked["track"] if RANKS.rank == 0 else "")
+    with rank_0_first():  # it makes the files that the others then find
+        corpus = datasets.read(asked["data"], asked["text_column"], progress=say_in_place)
+        settings, known = settle(given, saved, corpus)
+        data = load_data(settings, known, saved, corpus)
     config = lamoe.Config(**{**known, "vocab_size": data.tokenizer.vocab_size})
     torch.manual_seed(settings.seed)
-    model = lamoe.LaMoE(config).to(settings.device)
-    optimizers, meter = make_optimizers(model, settings), Meter(model)
-    done = {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
+    model, done = lamoe.LaMoE(config), {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
     if saved:
-        done = restore(saved, model, optimizers, meter)
+        model.load_state_dict(saved["model"])
+    parallel = spread(model, settings)
+    optimizers, meter = make_optimizers(model, settings), Meter(model)
+    if saved:
+        done = restore(saved, optimizers, meter)
         say(f"resume     {folder} at step {done['step']} of {settings.steps}")
         if done["step"] >= settings.steps:
             return say(f"           it is finished; try: python sample.py --model {folder}/best.pt")
         given = saved["given"]
-    folder.mkdir(parents=True, exist_ok=True)
-    held = held or lock(folder)  # noqa: F841 - until the process ends
-    if not saved:
+    if RANKS.rank > 0:  # noise of its own
+        torch.manual_seed(hash((settings.seed, RANKS.rank, done["step"])))
+    elif not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+    held = held or (lock(folder) if RANKS.rank == 0 else None)
+    if not saved and RANKS.rank == 0:
         set_aside(folder)
     introduce(model, settings, data, folder)
     keep_freed_memory()
-    log, loads = open_logs(folder, done["step"], config, data)
-    tracker.start(settings, config, folder, done)
-    stop = stop_on_ctrl_c()
-    row_step, row_seconds = done["step"], done["seconds"]
+    compile_blocks(model, parallel, data.batches, settings)
+    run = Run(folder, parallel, model, optimizers, meter, data, settings, given, done, tracker)
+    if not loop(run):
+        say(f"\nstopped and saved at step {done['step']}; go on:")
+        say(f"           python train.py --resume --out {folder}")
+        sys.exit(130)
+    if RANKS.rank == 0:
+        close(folder, settings, data, done)
+        tracker.end(folder)
 
-    while done["step"] < settings.steps and not stop:
+
+@dataclass
+class Run:
+    """All that a run is made of."""
+
+    folder: Path
+    parallel: torch.nn.Module  # what forward and backward go through: model, or DDP around it
+    model: lamoe.LaMoE
+    optimizers: list
+    meter: Meter
+    data: Data
+    settings: TrainConfig
+    given: dict  # the flags, which a resume compares
+    done: dict  # step, seconds, best, best_step
+    tracker: Tracker
+
+
+def loop(run: Run) -> bool:
+    """Steps until all are done, True, or somebody stops it, False."""
+    settings, meter, data, done = run.settings, run.meter, run.data, run.done
+    logs, stop, stopping = open_logs(run), stop_on_ctrl_c(), False
+    row_step, row_seconds = done["step"], done["seconds"]
+    while done["step"] < settings.steps and not stopping:
         started = time.perf_counter()
-        update(model, optimizers, data.batches, meter, settings, done["step"])
+        update(run.parallel, run.optimizers, data.batches, meter, settings, done["step"])
         done["step"] = step = done["step"] + 1
         evaluating, saving, logging = (
             step % every == 0 or step == settings.steps
             for every in (settings.eval_every, settings.save_every, settings.log_every)
         )
-        if not (evaluating or saving or logging or stop):
+        stopping = bool(stop) if RANKS.world == 1 else logging and on_any_rank(bool(stop))
+        if not (evaluating or saving or logging or stopping):
             done["seconds"] += time.perf_counter() - started
             continue
         row = {"step": step, **meter.row()}  # reading the meter waits for the device
         done["seconds"] += time.perf_counter() - started
         if evaluating:
-            kinds = data.source_of_byte
-            score = evaluate(model, data.val_ids, data.spans, data.tokenizer, settings, kinds)
+            score = evaluate(
+                run.model, data.val_ids, data.spans, data.tokenizer, settings, data.source_of_byte
+            )
             row |= {"val_loss": score.loss, "val_bits_per_byte": score.bits_per_byte}
             row |= by_source(score, data)
         if not all(map(math.isfinite, row.values())):
-            raise ValueError(not_finite(step, folder, settings))
+            raise ValueError(not_finite(step, run.folder, settings))
         if evaluating and score.bits_per_byte < done["best"]:
             done |= {"best": score.bits_per_byte, "best_step": step}
-            save(folder / "best.pt", model, data, settings, given, done)
+            save(run, "best.pt")
         if evaluating or logging:
             tokens = settings.batch_size * settings.grad_accum * data.batches.length
             seconds, row_seconds = done["seconds"] - row_seconds, done["seconds"]
             row |= {"tokens": step * tokens, "lr": schedule(step - 1, settings) * settings.lr}
             row |= {"tokens_per_s": (step - row_step) * tokens / seconds, "seconds": row_seconds}
             row_step = step
-            log.write(row)
-            loads.write(*meter.loads(step))
-            tracker.log(row)
-            show(row, settings, data.floor)
+            report(run, row, logs)
             meter.reset()
         if saving:
-            save(folder / "last.pt", model, data, settings, given, done, optimizers, meter)
-
-    if done["step"] < settings.steps:
-        save(folder / "last.pt", model, data, settings, given, done, optimizers, meter)
-        say(f"\nstopped and saved at step {done['step']}; go on:")
-        say(f"           python train.py --resume --out {folder}")
-        sys.exit(130)
-    close(folder, settings, data, done)
-    tracker.end(folder)
+            save(run, "last.pt")
+    if stopping and done["step"] < settings.steps:
+        save(run, "last.pt")
+    return done["step"] == settings.steps
 
 
-def open_logs(folder: Path, step: int, config: lamoe.Config, data: Data) -> tuple[Log, Log]:
+def report(run: Run, row: dict, logs: tuple) -> None:
+    if RANKS.rank == 0:
+        log, loads = logs
+        log.write(row)
+        loads.write(*run.meter.loads(row["step"]))
+        run.tracker.log(row)
+        show(row, run.settings, run.data.floor)
+
+
+def open_logs(run: Run) -> tuple | None:
     """log.csv, with a column for each source where there are several, and load.csv."""
-    sources = [f"val_bpb_{name}" for name in data.corpus.sources if len(data.corpus.sources) > 1]
-    experts = [str(e) for e in range(config.n_experts)]
-    log = Log(folder / "log.csv", step, COLUMNS + sources)
-    return log, Log(folder / "load.csv", step, ["step", "layer", *experts])
+    if RANKS.rank > 0:
+        return None
+    names, step = run.data.corpus.sources, run.done["step"]
+    sources = [f"val_bpb_{name}" for name in names if len(names) > 1]
+    experts = [str(e) for e in range(run.model.config.n_experts)]
+    log = Log(run.folder / "log.csv", step, COLUMNS + sources)
+    run.tracker.start(run.settings, run.model.config, run.folder, run.done)
+    return log, Log(run.folder / "load.csv", step, ["step", "layer", *experts])
 
 
 def not_finite(step: int, folder: Path, settings: TrainConfig) -> str:
@@ -1066,31 +1150,36 @@ def not_finite(step: int, folder: Path, settings: TrainConfig) -> str:
     )
 
 
-def save(path, model, data: Data, settings, given, done: dict, optimizers=None, meter=None) -> None:
-    """With the optimizers, everything a run goes on from; without, what sampling needs."""
+def save(run: Run, name: str) -> None:
+    """last.pt: everything a run goes on from; best.pt: what sampling needs. Rank 0 writes."""
     checkpoint = {
-        "config": dataclasses.asdict(model.config),
-        "train_config": dataclasses.asdict(settings),
-        "given": {k: v for k, v in given.items() if k != "out"},  # what a resume compares
-        "tokenizer": data.tokenizer.state(),
-        "text": data.corpus.key,  # what it trains on: a resume notices another text
-        "model": model.state_dict(),
-        "done": done,
+        "config": dataclasses.asdict(run.model.config),
+        "train_config": dataclasses.asdict(run.settings),
+        "given": {k: v for k, v in run.given.items() if k not in PLACES},
+        "tokenizer": run.data.tokenizer.state(),
+        "text": run.data.corpus.key,  # what it trains on: a resume notices another text
+        "model": whole(run.model.state_dict()),
+        "done": run.done,
     }
-    if optimizers:
-        checkpoint["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        checkpoint["meter"] = [meter.scalars, meter.load]
+    if name == "last.pt":
+        checkpoint["optimizers"] = [whole(o.state_dict()) for o in run.optimizers]
+        checkpoint["meter"] = [run.meter.scalars, run.meter.load]
         checkpoint["rng"] = torch.get_rng_state()
-        if settings.device == "cuda":
+        if run.settings.device == "cuda":
             checkpoint["cuda_rng"] = torch.cuda.get_rng_state()
-    lamoe.save(path, checkpoint)
+    if RANKS.rank == 0:
+        lamoe.save(run.folder / name, checkpoint)
 
 
-def restore(saved: dict, model, optimizers, meter: Meter) -> dict:
+def restore(saved: dict, optimizers, meter: Meter) -> dict:
     """Everything as it was; returns `done`. Batches need no state: the step says which is next."""
-    model.load_state_dict(saved["model"])
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
+        for weight in filter(is_shard, optimizer.state):  # was whole in the file
+            mine = optimizer.state[weight]
+            for name, value in mine.items():
+                if value.shape == weight.shape:
+                    mine[name] = distribute_tensor(value, weight.device_mesh, weight.placements)
     for mine, theirs in zip((meter.scalars, meter.load), saved["meter"], strict=True):
         mine.copy_(theirs)
     torch.set_rng_state(saved["rng"])
@@ -1154,10 +1243,11 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
     model, tokenizer = lamoe.load(folder / "best.pt", settings.device)
     kinds, floor = data.corpus.kind_of_byte, data.floor
     labels = data.source_of_byte if kinds is None else kinds
-    score = evaluate(model, data.val_ids, data.spans, tokenizer, settings, labels)
+    alone, ids = Ranks(), data.val_ids
+    score = evaluate(model, ids, data.spans, tokenizer, settings, labels, alone)
     cut = np.arange(0, len(data.val_ids) - 1, data.batches.length)
     cut = np.stack([cut, np.append(cut[1:], len(data.val_ids) - 1)], axis=1)
-    anywhere = evaluate(model, data.val_ids, cut, tokenizer, settings).bits_per_byte
+    anywhere = evaluate(model, ids, cut, tokenizer, settings, None, alone).bits_per_byte
     say("")
     say(
         f"best       {score.bits_per_byte:.4f} bits/byte of validation, at step {done['best_step']}"
@@ -1205,8 +1295,15 @@ def main() -> None:
             return say(f"picture    {plot(runs, given.get('out', ''))}")
         train(given, resume)
     except (ValueError, OSError) as error:
-        print(f"error: {error}".splitlines()[0], file=sys.stderr)
+        if RANKS.rank == 0:
+            print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if RANKS.world == 1:
+            raise
+        print(f"error: rank {RANKS.rank}: {first_line(error)}", file=sys.stderr)
+        print("       if another rank died, see its line; go on: add --resume", file=sys.stderr)
+        os._exit(3)  # at once: a clean end would wait for the rank that is gone
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
