@@ -232,7 +232,7 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | Non
     """
     B, H, T, K = q_BHTK.shape
     G, S = k_BGSK.shape[1:3]
-    if T == 1 and torch.compiler.is_compiling():
+    if q_BHTK.numel() == H * K and torch.compiler.is_compiling():
         return attend_one(q_BHTK, k_BGSK, v_BGSK, mask_TS)
     if mask_TS is None and 1 < T and (T < S or not has_flash(q_BHTK)):
         mask_TS = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).tril(S - T)
@@ -251,7 +251,7 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | Non
 
 
 def attend_one(q_BH1K: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_1S: Tensor) -> Tensor:
-    """The same for one query, written as products and sums, which the compiler fuses."""
+    """The same for one token, written as products and sums, which the compiler fuses."""
     B, H, _, K = q_BH1K.shape
     q_BGR1K = (q_BH1K.float() * K**-0.5).reshape(B, k_BGSK.shape[1], -1, 1, K)
     scores_BGRS = (q_BGR1K * k_BGSK[:, :, None]).sum(-1)
@@ -261,8 +261,11 @@ def attend_one(q_BH1K: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_1S: Tensor) 
 
 
 def has_flash(x: Tensor) -> bool:
-    """Whether torch's fused attention is the faster one for x."""
-    return x.is_cuda or x.dtype == torch.float32
+    """Whether torch's fused attention is the faster one for these queries, (B, H, T, K).
+
+    On a GPU not for single ones: it would plan anew for each number of keys, 0.1 s every time.
+    """
+    return x.shape[2] > 1 if x.is_cuda else x.dtype == torch.float32
 
 
 class Attention(nn.Module):
@@ -432,6 +435,8 @@ def dispatch_one(experts: Experts, x_1D: Tensor, experts_A: Tensor, weights_A: T
     # the compiler reads the chosen experts' weights where they lie, and only those.
     gate_up_AF = (experts.gate_up_proj[experts_A] * x_1D).sum(-1, dtype=torch.float32)
     h_AF = (swiglu(gate_up_AF) * weights_A[:, None]).to(x_1D.dtype)
+    # index_copy: h is written down once. Fused below, each row of down_proj would compute it anew.
+    h_AF = torch.empty_like(h_AF).index_copy(0, torch.arange(len(h_AF), device=h_AF.device), h_AF)
     y_AD = (experts.down_proj[experts_A] * h_AF[:, None]).sum(-1, dtype=torch.float32)
     return y_AD.sum(0, keepdim=True).to(x_1D.dtype)
 
@@ -730,7 +735,7 @@ class MoE(nn.Module):
         routing = self.router(x_BTD)
         x_ND = x_BTD.flatten(0, 1).to(compute_dtype(x_BTD))
         y_ND = dispatch(self.experts, x_ND, routing.experts_NA, routing.weights_NA)
-        y_BTD = y_ND.view_as(x_BTD).to(x_BTD.dtype)
+        y_BTD = y_ND.view_as(x_BTD).to(x_ND.dtype)  # autocast makes a sum fp32
         return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), routing
 
 
@@ -952,13 +957,14 @@ class Step:
 
     def __call__(self, ids_BT: Tensor) -> None:
         """Reads ids, leaves the next token of each row in ids_B1."""
-        self.seen_BV.scatter_(1, ids_BT, True)
+        if self.repetition_penalty != 1:
+            self.seen_BV.scatter_(1, ids_BT, True)
         self.ids_B1.copy_(self.pick(self.model(ids_BT, cache=self.cache).logits[:, -1]))
 
     def pick(self, logits_BV: Tensor) -> Tensor:
         """The next token of each row, (B, 1)."""
         logits_BV = penalize(logits_BV.float(), self.seen_BV, self.repetition_penalty)
-        ids_B = sample(logits_BV, *self.filters, noise_BV=self.noise_BV)
+        ids_B = sample(logits_BV, self.noise_BV, *self.filters)
         if self.stop is not None:
             ids_B = torch.where(self.done_B, self.stop, ids_B)
             self.done_B |= ids_B == self.stop
@@ -1005,21 +1011,13 @@ def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
     return torch.where(seen_BV, lower_BV, logits_BV)
 
 
-def sample(
-    logits_BV, temperature=1.0, top_k=None, top_p=None, min_p=None, generator=None, noise_BV=None
-):
-    """One id a row, (B,), drawn from softmax(logits / temperature) cut down by the filters.
+def likely(logits_BV, temperature=1.0, top_k=None, top_p=None, min_p=None) -> Tensor:
+    """softmax(logits / temperature), (B, V), with 0 for what the filters cut off.
 
-    Temperature 0 takes the largest. top_k keeps the k most likely; min_p those with at least min_p
-    times the probability of the most likely; top_p the fewest that together reach top_p (the token
-    that crosses it included, so never none). The draw is argmax(probs / noise) with noise from
-    Exponential(1): of exponential clocks with rates p, clock i rings first with probability p_i.
-
-    >>> sample(torch.tensor([[1.0, 3.0, 2.0]]), temperature=0).tolist()
-    [1]
+    top_k keeps the k most likely; min_p those with at least min_p times the probability of the most
+    likely; top_p the fewest that together reach top_p (the one that crosses it included, so never
+    none).
     """
-    if temperature == 0:
-        return logits_BV.argmax(-1)
     logits_BV = logits_BV / temperature
     if top_k is not None:
         kth_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
@@ -1033,9 +1031,21 @@ def sample(
         before_BV = probs_BV.cumsum(-1) - probs_BV  # mass of the tokens ahead of each
         sorted_BV = sorted_BV.masked_fill(before_BV >= max(top_p, 1e-9), -torch.inf)
         logits_BV = torch.empty_like(logits_BV).scatter(1, order_BV, sorted_BV)
-    if noise_BV is None:
-        noise_BV = torch.empty_like(logits_BV).exponential_(generator=generator)
-    return (logits_BV.softmax(-1) / noise_BV).argmax(-1)
+    return logits_BV.softmax(-1)
+
+
+def sample(logits_BV: Tensor, noise_BV: Tensor, temperature: float = 1.0, *filters) -> Tensor:
+    """One id a row, (B,), drawn as `likely` says; at temperature 0 the most likely.
+
+    The draw is argmax(probs / noise), with noise from Exponential(1): of clocks that ring at rates
+    p, clock i is the first with probability p_i. No number has to leave the GPU for it.
+
+    >>> sample(torch.tensor([[1.0, 3.0, 2.0]]), torch.ones(1, 3), temperature=0).tolist()
+    [1]
+    """
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    return (likely(logits_BV, temperature, *filters) / noise_BV).argmax(-1)
 
 
 # --- 7. Counting: what a model holds, and what a token costs --------------------------------------

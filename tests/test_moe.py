@@ -298,13 +298,14 @@ def z_by_hand(logits_NE):
 def test_balanced_routing_gives_balance_loss_1(E, A):
     """Whatever the number of experts and of choices: so the logged figure can be read as it is."""
     experts_NA = torch.arange(E * A).view(-1, A) % E
-    assert math.isclose(lamoe.balance_loss(torch.full((E, E), 1 / E), experts_NA), 1, rel_tol=1e-6)
+    load_E = lamoe.load_share(experts_NA, E)
+    assert math.isclose(lamoe.balance_loss(torch.full((E, E), 1 / E), load_E), 1, rel_tol=1e-6)
 
 
 @pytest.mark.parametrize("E, A", [(2, 1), (4, 2), (8, 2), (6, 3)])
 def test_a_few_experts_sharing_everything_give_balance_loss_E_over_A(E, A):
     probs_NE = torch.zeros(5, E).index_fill(1, torch.arange(A), 1 / A)
-    loss = lamoe.balance_loss(probs_NE, torch.arange(A).repeat(5, 1))
+    loss = lamoe.balance_loss(probs_NE, lamoe.load_share(torch.arange(A).repeat(5, 1), E))
     assert math.isclose(loss, E / A, rel_tol=1e-6)
 
 
@@ -314,14 +315,15 @@ def test_balance_and_z_loss_equal_their_formulas(counts, seed):
     logits_NE = torch.randn(11, E, generator=torch.Generator().manual_seed(seed))
     probs_NE, experts_NA = logits_NE.softmax(-1), logits_NE.topk(A).indices
     expected = balance_by_hand(probs_NE, experts_NA)
-    assert math.isclose(lamoe.balance_loss(probs_NE, experts_NA), expected, rel_tol=1e-5)
+    load_E = lamoe.load_share(experts_NA, E)
+    assert math.isclose(lamoe.balance_loss(probs_NE, load_E), expected, rel_tol=1e-5)
     assert math.isclose(lamoe.z_loss(logits_NE), z_by_hand(logits_NE), rel_tol=1e-5)
 
 
 def test_balance_loss_gradient_is_the_load():
     """f counts and has no gradient; through P each expert is pushed down by its share."""
     probs_NE = torch.full((4, 2), 0.5, requires_grad=True)
-    lamoe.balance_loss(probs_NE, torch.tensor([[0], [0], [0], [1]])).backward()
+    lamoe.balance_loss(probs_NE, torch.tensor([0.75, 0.25])).backward()
     assert torch.allclose(probs_NE.grad, torch.tensor([[2 * 0.75 / 4, 2 * 0.25 / 4]] * 4))
 
 

@@ -1,0 +1,227 @@
+"""How fast LaMoE is on this machine, as ratios to what the machine and other code can do.
+
+    python tests/bench.py                      all tables; minutes on one GPU
+    python tests/bench.py train layer          some of them: train, layer, generate, peers
+    torchrun --nproc_per_node N tests/bench.py scaling
+
+Each figure is the median of several, after a warm-up. Compile times are shown and not counted.
+Model FLOPs utilization (MFU) is 6 x active matrix parameters + causal attention, times tokens/s,
+over the rate of a large bf16 product measured in the same run. Not collected by pytest.
+"""
+
+import gc
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import lamoe
+import train
+
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+SETTINGS = train.TrainConfig(device=DEVICE, dtype="bf16" if GPU else "fp32")
+# Of the models measured: the same active size, dense, in 8 and in 64 experts.
+SHAPE = {"vocab_size": 50304, "dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4}
+SHAPE |= {"seq_len": 1024}
+if not GPU:
+    SHAPE = {"vocab_size": 2048, "dim": 128, "n_layers": 3, "n_heads": 2, "seq_len": 128}
+F = 1024 if GPU else 256
+MODELS = {
+    "dense": {"n_experts": 1, "hidden_dim": 2 * F},
+    "8 experts, top 2": {"n_experts": 8, "top_k": 2, "hidden_dim": F},
+    "64 experts, top 8": {"n_experts": 64, "top_k": 8, "hidden_dim": F // 4},
+}
+
+
+def wait() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def seconds(function, times: int = 5, inner: int = 4) -> float:
+    """Of one call: the median of `times` rounds of `inner` calls back to back."""
+    function()
+    rounds = []
+    for _ in range(times):
+        wait()
+        start = time.perf_counter()
+        for _ in range(inner):
+            function()
+        wait()
+        rounds.append((time.perf_counter() - start) / inner)
+    return sorted(rounds)[times // 2]
+
+
+def clean() -> None:
+    gc.collect()
+    torch._dynamo.reset()
+    if GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if GPU else float("nan")
+
+
+def ceilings() -> tuple[float, float]:
+    """(FLOP/s of a large matrix product, bytes/s read plus written by a copy)."""
+    n = 8192 if GPU else 1024
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    product = 2 * n**3 / seconds(lambda: a @ b)
+    x = torch.randn(2**29 if GPU else 2**24, device=DEVICE)
+    y = torch.empty_like(x)
+    return product, 2 * x.numel() * 4 / seconds(lambda: y.copy_(x))
+
+
+def make(**changes) -> lamoe.LaMoE:
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return lamoe.LaMoE(lamoe.Config(**{**SHAPE, **changes}))
+
+
+def stepper(model, parallel, batch: int):
+    """A function that does one training step, as train.py's `update` does, on random tokens."""
+    optimizers, c = train.make_optimizers(model, SETTINGS), model.config
+    ids_BT = torch.randint(c.vocab_size, (batch, c.seq_len + 1), device=DEVICE)
+    meter = train.Meter(model)
+    settings = train.TrainConfig(device=DEVICE, dtype=SETTINGS.dtype, batch_size=batch)
+
+    def batches(i, device):
+        return ids_BT[:, :-1], ids_BT[:, 1:]
+
+    return lambda: train.update(parallel, optimizers, batches, meter, settings, 100)
+
+
+def bench_train(peak: float, batch: int = 32 if GPU else 8) -> None:
+    print(f"\nTraining, batch {batch} x {SHAPE['seq_len']}, {'compiled' if GPU else 'eager'}")
+    print("model                  total  active   tokens/s  of dense   MFU  memory  compile")
+    dense = None
+    for name, changes in MODELS.items():
+        clean()
+        model = make(**changes)
+        total, active = lamoe.count_parameters(model)["all"]
+        start = time.perf_counter()
+        if GPU:
+            model.compile()
+        step = stepper(model, model, batch)
+        step()
+        wait()
+        compiling, rate = time.perf_counter() - start, batch * SHAPE["seq_len"] / seconds(step)
+        dense = dense or rate
+        use = rate * lamoe.flops_per_token(model) / peak
+        print(
+            f"{name:20} {total / 1e6:6.0f}M {active / 1e6:6.0f}M {rate:10,.0f} {rate / dense:8.2f} "
+            f"{use:6.1%} {peak_gib():5.1f}G {compiling:6.0f} s",
+            flush=True,
+        )
+        del model, step
+
+
+def bench_layer(peak: float) -> None:
+    N, D = (32768, 1024) if GPU else (2048, 256)
+    wide = 5632 if GPU else 1024
+    print(f"\nMoE layer, forward and backward, {N} tokens, dim {D}, against a dense layer")
+    dense = None
+    for name, E, A, hidden in (
+        ("dense", 1, 1, wide),
+        ("8 experts, top 2", 8, 2, wide // 2),
+        ("dense, narrower", 1, 1, wide * 8 // 11),
+        ("64 experts, top 8", 64, 8, wide // 11),
+    ):
+        clean()
+        c = lamoe.Config(
+            9, dim=D, n_heads=D // 64, n_kv_heads=1, hidden_dim=hidden, n_experts=E, top_k=A
+        )
+        with torch.device(DEVICE):
+            layer = lamoe.SwiGLU(D, hidden) if E == 1 else lamoe.MoE(c)
+        for weight in layer.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+        if GPU:
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+        x_BTD = torch.randn(32, N // 32, D, device=DEVICE, dtype=DTYPE, requires_grad=True)
+        grad_BTD = torch.randn_like(x_BTD)
+
+        def run(layer=layer, x_BTD=x_BTD, grad_BTD=grad_BTD, E=E):
+            with train.autocast(SETTINGS):
+                y_BTD = layer(x_BTD) if E == 1 else layer(x_BTD)[0]
+            y_BTD.backward(grad_BTD)
+            for tensor in (x_BTD, *layer.parameters()):
+                tensor.grad = None
+
+        run()
+        took = seconds(run, inner=10 if GPU else 2)
+        dense = took if E == 1 else dense
+        use = 18 * N * D * hidden * A / took / peak
+        print(
+            f"{name:20} {took * 1e3:8.2f} ms {took / dense:6.2f} of dense {use:6.1%} of peak",
+            flush=True,
+        )
+
+
+SMALL = {"vocab_size": 4096, "dim": 256, "n_layers": 8, "n_heads": 4, "n_kv_heads": 2}
+SMALL |= {"hidden_dim": 384, "n_experts": 8, "top_k": 2, "seq_len": 1024}
+LARGE = {"vocab_size": 32000, "dim": 1024, "n_layers": 16, "n_heads": 16, "n_kv_heads": 8}
+LARGE |= {"hidden_dim": 2816, "n_experts": 8, "top_k": 2, "seq_len": 1024}
+
+
+def bench_generate(bandwidth: float) -> None:
+    print("\nGeneration, bf16, temperature 0.8, min_p 0.02, after 16 tokens of prompt")
+    print(
+        "model    batch  way                     tokens/s  active bytes/s of copy bandwidth  ready"
+    )
+    ways = {"eager": (False, False), "graph": (True, False), "compiled, graph": (True, True)}
+    for name, shape, batch, n, some in (
+        ("small", SMALL, 1, 500, ways),
+        ("large", LARGE, 1, 500, ways if GPU else {}),
+        ("large", LARGE, 64, 200, ("graph", "compiled, graph") if GPU else {}),
+    ):
+        for way in some if GPU else list(some)[:1]:
+            clean()
+            model = make(**shape).to(DTYPE).eval()
+            for weight in model.parameters():
+                if weight.dim() > 1:
+                    torch.nn.init.normal_(weight, std=0.02)
+            total, active = lamoe.count_parameters(model)["all"]
+            ids_BT, (graph, compiled) = torch.randint(99, (batch, 16), device=DEVICE), ways[way]
+            n_new = 60 if way == "eager" else n
+            start = time.perf_counter()
+            tokens = model.generate(
+                ids_BT, n_new + 100, 0.8, min_p=0.02, graph=graph, compile=compiled
+            )
+            for _ in range(10):
+                next(tokens)
+            wait()
+            ready, start = time.perf_counter() - start, time.perf_counter()
+            for _ in range(n_new):
+                next(tokens)
+            wait()
+            rate = batch * n_new / (time.perf_counter() - start)
+            share = rate * active * 2 / bandwidth if batch == 1 else float("nan")
+            print(
+                f"{name} {total / 1e6:5.0f}M {batch:3}  {way:20} {rate:10,.0f} {share:20.1%} "
+                f"{ready:18.0f} s",
+                flush=True,
+            )
+            del model, tokens
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or ["train", "layer", "generate", "peers"]
+    where = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
+    peak, bandwidth = ceilings()
+    print(f"{where}, torch {torch.__version__}")
+    print(f"matrix product {peak / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s", flush=True)
+    if "train" in wanted:
+        bench_train(peak)
+    if "layer" in wanted:
+        bench_layer(peak)
+    if "generate" in wanted:
+        bench_generate(bandwidth)
+
+
+if __name__ == "__main__":
+    main()
