@@ -212,7 +212,7 @@ def split(name: str, pieces, table: Table) -> Corpus:
         own = table.sources == table.names.index(source)
         held_out[own] = np.cumsum(table.n_chars[own]) > end
         share = table.n_chars[held_out & own].sum() / table.n_chars[own].sum()
-        how.append(f"the last {share:.0%} of {source or name} for validation")
+        how.append(f"the last {100 * share:.2g}% of {source or name} for validation")
     val, train = few_of(held_out, table), fresh & ~held_out
     if len(ends) < len(table.names):
         how.append(f"{val.sum():,} documents for validation")

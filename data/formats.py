@@ -200,7 +200,7 @@ def split_documents(blocks):
     for block in itertools.chain(blocks, [None]):
         text += block or ""
         known = len(text) if block is None else text.rfind("\n") + 1  # the last line may go on
-        *documents, rest = separator_line.split(text[:known])
+        *documents, rest = parts_of(text[:known])
         for document in documents:
             document = document.rstrip("\n") if inside else document.strip("\n")
             if inside or document.strip():
@@ -218,6 +218,10 @@ def split_documents(blocks):
     text = text.rstrip("\n") if separated else text
     if inside or text.strip():
         yield text, True
+
+
+def parts_of(text: str) -> list[str]:
+    return separator_line.split(text) if SEPARATOR in text else [text]  # 10 times as fast to ask
 
 
 def split_articles(blocks):

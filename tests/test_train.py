@@ -315,7 +315,11 @@ def test_a_run_is_locked_against_a_second_and_the_lock_dies_with_its_process(cap
             time.sleep(0.05)
         assert resume("run", "--data text.txt", *TINY, "--steps 1") == 2
         assert "in use" in capsys.readouterr().err
-        assert sorted(os.listdir("run")) == ["lock", "log.csv"]  # nothing moved, nothing lost
+        assert sorted(os.listdir("run")) == [
+            "load.csv",
+            "lock",
+            "log.csv",
+        ]  # nothing moved, nothing lost
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
