@@ -29,9 +29,8 @@ def main():
         datasets.CACHE = Path(folder)
         start = time.process_time()
         side = datasets.read(asked.file).train
-        print(
-            f"reading, hashing, splitting: {side.n_bytes / 1e6 / (time.process_time() - start):.0f} MB/s"
-        )
+        seconds = time.process_time() - start
+        print(f"reading, hashing, splitting: {side.n_bytes / 1e6 / seconds:.0f} MB/s")
         tokenizer, documents = Tokenizer.train(side, asked.vocab_size), list(side)
         times = {"to disk": [], "encode_array": []}
         for i in range(asked.rounds):
