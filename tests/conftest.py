@@ -159,4 +159,4 @@ def encode(tokenizer, documents):
     ids = [tokenizer.eot]
     for document in documents:
         ids += [*tokenizer.encode(document), tokenizer.eot]
-    return np.array(ids, np.uint16)
+    return np.array(ids)

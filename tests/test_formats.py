@@ -152,15 +152,16 @@ def test_films_need_only_a_speaker_and_a_line(speaker, line):
 
 LADDER = (
     "the field, \n  \n    \n      B\n    \n    \\mathbf {B}\n  , in terms:\n\nwhere \n  \n    \n"
-    "      μ\n      \n        0\n      \n    \n    {\\displaystyle \\mu _{0}}\n   is a number () and \n  \n"
-    "    \n      J\n    \n    \\mathbf {J}\n   a current."
+    "      μ\n      \n        0\n      \n    \n    {\\displaystyle \\mu _{0}}\n   is a number () "
+    "and \n  \n    \n      J\n    \n    \\mathbf {J}\n   a current."
 )
 
 
 def test_pages_are_put_together_and_their_formulas_folded():
     rows = [["page", "section_title", "text"], ["Field", "One", LADDER], ["Field", "Two", "More."]]
     rows += [["Force", "One", "Other."]]
-    folded = "the field, \\mathbf {B}, in terms:\n\nwhere \\mu _{0} is a number and \\mathbf {J} a current."
+    folded = "the field, \\mathbf {B}, in terms:\n\nwhere \\mu _{0} is a number and \\mathbf {J} a"
+    folded += " current."
     expected = [f"Field\n\nOne\n\n{folded}\n\nTwo\n\nMore.", "Force\n\nOne\n\nOther."]
     assert texts(write_csv("pages.csv", rows)) == expected
 
