@@ -426,7 +426,7 @@ class Tracker:
 
     def __init__(self, name: str):
         self.mlflow = None
-        if name:
+        if name == "mlflow":
             try:
                 import mlflow
             except ImportError:

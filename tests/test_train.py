@@ -679,9 +679,7 @@ def test_a_rate_beyond_reason_stops_the_run_with_a_remedy(flags, capsys):
     assert ("last.pt holds" in message) == Path("run/last.pt").exists()
 
 
-def test_the_picture_is_drawn(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "matplotlib")
-    pytest.importorskip("matplotlib")
+def test_the_picture_is_drawn(pyplot, capsys):
     start("run", "--steps 4", "--log_every 1")
     assert Path("run/loss.png").read_bytes().startswith(b"\x89PNG")
     assert f"{Path('run/loss.png')}" in capsys.readouterr().out
