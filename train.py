@@ -439,6 +439,7 @@ class Tracker:
             return
         try:
             if "MLFLOW_TRACKING_URI" not in os.environ:  # a folder here: no server needed
+                os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer ones ask for it
                 self.mlflow.set_tracking_uri(Path("mlruns").resolve().as_uri())
             self.mlflow.set_experiment("lamoe")
             run = self.mlflow.start_run(run_id=done.get("mlflow"), run_name=folder.name)
@@ -812,6 +813,7 @@ def train(given: dict, resume: bool) -> None:
         if done["step"] >= settings.steps:
             return say(f"           it is finished; try: python sample.py --model {folder}/best.pt")
         given = saved["given"]
+    tracker.start(settings, config, folder, done)
     folder.mkdir(parents=True, exist_ok=True)
     held = held or lock(folder)  # noqa: F841 - until the process ends
     if not saved:
@@ -819,7 +821,6 @@ def train(given: dict, resume: bool) -> None:
     introduce(model, settings, data, folder)
     keep_freed_memory()
     log, loads = open_logs(folder, done["step"], config, data)
-    tracker.start(settings, config, folder, done)
     stop = stop_on_ctrl_c()
     row_step, row_seconds = done["step"], done["seconds"]
 

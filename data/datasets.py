@@ -97,12 +97,14 @@ def read(name: str, text_column: str = "", train_bytes: int = 0, progress=None) 
     if name in DRAWN:
         return read_drawn(name, train_bytes)
     parts = [name] if Path(name).exists() else name.split(",")
-    members = {part: find(part) for part in parts}
+    names = [Path(part).stem for part in parts]
+    names = names if len(set(names)) == len(names) else parts
+    members = {label: find(part) for label, part in zip(names, parts, strict=True)}
 
     def pieces(note=lambda line: None):
-        for part, files in members.items():
+        for label, files in members.items():
             for source, text, ends in formats.documents(files, text_column, note):
-                yield part if len(members) > 1 else source, text, ends
+                yield label if len(members) > 1 else source, text, ends
 
     files = sorted({str(m.path) for found in members.values() for m in found})
     stats = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]

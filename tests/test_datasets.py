@@ -233,7 +233,7 @@ def test_a_mixture_of_sets_and_files_names_them(tmp_path, monkeypatch):
     write(tmp_path / "sets/tinystories/any.txt", f"\n{EOT}\n".join(f"story {i}" for i in range(50)))
     write(tmp_path / "book.txt", "a book " * 40)
     corpus = datasets.read("tinystories,book.txt")
-    assert corpus.sources == ["tinystories", "book.txt"]
+    assert corpus.sources == ["tinystories", "book"]
     assert len(everything(corpus)) == 52
     with pytest.raises(ValueError, match="stories has a validation text of its own"):
         datasets.read("stories,book.txt")
