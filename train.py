@@ -143,6 +143,15 @@ def fill(cls, values: dict):
     return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
 
+class Ranks(typing.NamedTuple):
+    """Which process of how many this is: one, unless torchrun started several (section 7)."""
+
+    rank: int = 0
+    world: int = 1
+
+
+RANKS = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
 # --- 2. Data: one flat array of ids -> windows -> batches -----------------------------------------
 
 
@@ -181,8 +190,13 @@ def document_starts(tokens: np.ndarray, eot: int, block: int = 1 << 22) -> array
 class Batches:
     """Windows in a seeded order without replacement; batch i is a function of i alone."""
 
-    def __init__(self, tokens: np.ndarray, eot: int, length: int, size: int, seed: int, ranks):
+    def __init__(self, tokens: np.ndarray, eot: int, length: int, size: int, seed: int, ranks=RANKS):
         self.tokens, self.length, self.size, self.seed = tokens, length, size, seed
+        if size % ranks.world:
+            raise ValueError(
+                f"batch_size={size} is not divisible by {ranks.world} processes; try "
+                f"--batch_size {max(1, round(size / ranks.world)) * ranks.world}"
+            )
         self.rows = range(ranks.rank, size, ranks.world)  # those of this process
         last = len(tokens) - 1 - length  # the text's last window moves back to be full
         self.starts = np.unique(np.minimum(windows(tokens, eot, length)[:, 0], last))
@@ -494,7 +508,7 @@ class Tracker:
 
     def __init__(self, name: str):
         self.mlflow = None
-        if name:
+        if name == "mlflow":
             try:
                 import mlflow
             except ImportError:
@@ -507,6 +521,7 @@ class Tracker:
             return
         try:
             if "MLFLOW_TRACKING_URI" not in os.environ:  # a folder here: no server needed
+                os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer ones ask for it
                 self.mlflow.set_tracking_uri(Path("mlruns").resolve().as_uri())
             self.mlflow.set_experiment("lamoe")
             run = self.mlflow.start_run(run_id=done.get("mlflow"), run_name=folder.name)
@@ -607,7 +622,7 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) ->
             f"to validate do not fill a context of {length}; give more text, or a --seq_len of "
             f"{max(1, min(len(train_ids), len(val_ids)) - 2)} or less"
         )
-    batches = Batches(train_ids, tokenizer.eot, length, settings.batch_size, settings.seed, RANKS)
+    batches = Batches(train_ids, tokenizer.eot, length, settings.batch_size, settings.seed)
     say(
         f"tokens     {len(train_ids):,} of a vocabulary of {tokenizer.vocab_size:,} "
         f"({n_bytes / len(train_ids):.2f} bytes each); {len(batches.starts):,} windows of {length}"
@@ -805,14 +820,6 @@ def say_in_place(text: str) -> None:
 # is the one of a single process with the same flags. Only rank 0 writes and speaks.
 # Two things differ, for both ask about a whole batch while the layer runs: `noisy` takes its CV^2,
 # and `switch` hands out its places, within the batch of each rank.
-
-
-class Ranks(typing.NamedTuple):
-    rank: int = 0
-    world: int = 1
-
-
-RANKS = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def join(device: str) -> None:
@@ -1040,6 +1047,7 @@ def train(given: dict, resume: bool) -> None:
         if done["step"] >= settings.steps:
             return say(f"           it is finished; try: python sample.py --model {folder}/best.pt")
         given = saved["given"]
+    tracker.start(settings, config, folder, done)
     if RANKS.rank > 0:  # noise of its own
         torch.manual_seed(hash((settings.seed, RANKS.rank, done["step"])))
     elif not resume:
@@ -1138,7 +1146,6 @@ def open_logs(run: Run) -> tuple | None:
     sources = [f"val_bpb_{name}" for name in names if len(names) > 1]
     experts = [str(e) for e in range(run.model.config.n_experts)]
     log = Log(run.folder / "log.csv", step, COLUMNS + sources)
-    run.tracker.start(run.settings, run.model.config, run.folder, run.done)
     return log, Log(run.folder / "load.csv", step, ["step", "layer", *experts])
 
 

@@ -97,12 +97,14 @@ def read(name: str, text_column: str = "", train_bytes: int = 0, progress=None) 
     if name in DRAWN:
         return read_drawn(name, train_bytes)
     parts = [name] if Path(name).exists() else name.split(",")
-    members = {part: find(part) for part in parts}
+    names = [Path(part).stem for part in parts]
+    names = names if len(set(names)) == len(names) else parts
+    members = {label: find(part) for label, part in zip(names, parts, strict=True)}
 
     def pieces(note=lambda line: None):
-        for part, files in members.items():
+        for label, files in members.items():
             for source, text, ends in formats.documents(files, text_column, note):
-                yield part if len(members) > 1 else source, text, ends
+                yield label if len(members) > 1 else source, text, ends
 
     files = sorted({str(m.path) for found in members.values() for m in found})
     stats = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
@@ -196,33 +198,42 @@ def split(name: str, pieces, table: Table) -> Corpus:
     By content: adding documents later moves none from one side to the other. Copies (but for white
     space) are left out. Of what is held out, as much is used as tells the loss well enough.
     """
-    fresh = np.zeros(len(table.digests), bool)
-    fresh[np.unique(table.bodies, return_index=True)[1]] = True
+    fresh = one_of_copies(table)
     if not fresh.any():
         raise ValueError(f"{name} is empty; name a file with text in it")
-    copies, sources = np.sum(~fresh), table.names if len(table.names) > 1 else [name]
+    n, copies = fresh.sum(), np.sum(~fresh)
     key = hashlib.sha256(table.digests.tobytes() + table.sources.tobytes()).hexdigest()[:16]
-    how = [f"{fresh.sum():,} documents"] + [f"{copies:,} copies left out"] * bool(copies)
     if ends := ends_of_training(table, fresh):
         pieces = partial(cut, Documents(pieces, fresh, 0, table.sources), ends)
         table = scan(pieces)._replace(notes=table.notes)
         fresh = np.ones(len(table.digests), bool)
-    held_out = fresh & by_content(table)
+    held_out, how = fresh & by_content(table), []
     for source, end in ends.items():
         own = table.sources == table.names.index(source)
         held_out[own] = np.cumsum(table.n_chars[own]) > end
         share = table.n_chars[held_out & own].sum() / table.n_chars[own].sum()
-        how.append(f"the last {share:.0%} of {source or name} for validation")
+        how.append(f"the last {100 * share:.2g}% of {source or name} for validation")
     val, train = few_of(held_out, table), fresh & ~held_out
     if len(ends) < len(table.names):
-        how.append(f"{val.sum():,} documents for validation")
+        how.insert(0, f"{n:,} documents, {val.sum():,} of them for validation")
     if left := held_out.sum() - val.sum():
         how.append(f"{left:,} more held out and not used")
+    if copies:
+        how.append(f"{copies:,} copies left out")
+    sources = table.names if len(table.names) > 1 else [name]
     sides = (
         Documents(pieces, side, int(table.n_bytes[side].sum()), table.sources[side])
         for side in (train, val)
     )
     return Corpus(name, "; ".join(how + table.notes), key, sources, *sides)
+
+
+def one_of_copies(table: Table) -> np.ndarray:
+    """True for one document of each body, whatever their order."""
+    order = np.lexsort((table.digests, table.bodies))
+    fresh = np.zeros(len(order), bool)
+    fresh[order[np.append(True, np.diff(table.bodies[order]) != 0)[: len(order)]]] = True
+    return fresh
 
 
 def by_content(table: Table) -> np.ndarray:

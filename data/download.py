@@ -10,6 +10,7 @@ the first members.
 import hashlib
 import http.client
 import io
+import os
 import re
 import shutil
 import sys
@@ -146,15 +147,16 @@ def download(source: Source, path: Path, limit: int | None = None) -> None:
             edition.unlink()  # nothing to recognise it by: the next try begins anew
         with open(part, "ab" if have else "wb") as file:
             have = copy(response, file, have, total, limit)
-    if total and have < total and not limit:
+    if total and have < min(total, limit or total):
         raise Interrupted(f"the connection ended after {have:,} of {total:,} bytes")
+    edition.unlink(missing_ok=True)
     check(part, source)
     with open(part, "rb+") as file:
         if limit and have >= limit:
             file.truncate(last_line(file, limit))
         file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
-    edition.unlink(missing_ok=True)
 
 
 def download_start(source: Source, path: Path, limit: int) -> None:

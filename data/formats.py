@@ -188,7 +188,7 @@ def lines(blocks, name: str):
 separator_line = re.compile(rf"^[^\S\n]*{re.escape(SEPARATOR)}[^\S\n]*(?:\n|\Z)", re.M)
 # Where bpe.py may be given a text in two parts: after a line break before a non-space, and before
 # a space after a non-space; here not before a separator, which would then look like a line.
-find_cut = re.compile(rf"(?<=\n)(?=\S)|(?<=\S)(?= (?!\s*{re.escape(SEPARATOR)}))")
+find_cut = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= (?!\s*(?:<\||<?\Z)))")
 
 
 def split_documents(blocks):
@@ -200,15 +200,16 @@ def split_documents(blocks):
     for block in itertools.chain(blocks, [None]):
         text += block or ""
         known = len(text) if block is None else text.rfind("\n") + 1  # the last line may go on
-        *documents, rest = separator_line.split(text[:known])
+        *documents, rest = parts_of(text[:known])
         for document in documents:
             document = document.rstrip("\n") if inside else document.strip("\n")
             if inside or document.strip():
                 yield document, True
             inside, separated = False, True
-        text = rest + text[known:]
+        last_line, text = text[known:], rest + text[known:]
         text = text if inside else text.lstrip("\n")
-        while len(text) > PIECE and block is not None:
+        may_separate = last_line and SEPARATOR.startswith(last_line.strip())
+        while len(text) > PIECE and block is not None and not may_separate:
             cut = find_cut.search(text, PIECE)
             if not cut and len(text) < 16 * PIECE:
                 break
@@ -218,6 +219,10 @@ def split_documents(blocks):
     text = text.rstrip("\n") if separated else text
     if inside or text.strip():
         yield text, True
+
+
+def parts_of(text: str) -> list[str]:
+    return separator_line.split(text) if SEPARATOR in text else [text]  # 10 times as fast to ask
 
 
 def split_articles(blocks):
@@ -254,7 +259,7 @@ def fold_formulas(text: str) -> str:
         rung = found[1].strip()
         return " " + (tex.fullmatch(rung) or [rung, rung])[1].strip()
 
-    return re.sub(r"[^\S\n]*\n(?: {2,}[^\n]*\n)* {4,}(\S[^\n]*)\n {2}", last_rung, text)
+    return re.sub(r"[^\S\n]*\n  \n(?: {4,}[^\n]*\n)* {4,}(\S[^\n]*)\n {2}", last_rung, text)
 
 
 def remove_directions(line: str) -> str:

@@ -7,6 +7,7 @@ to install it; with LAMOE_REQUIRE_ORACLES=1 (as in .ci/run) a missing oracle is 
 
 import importlib
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -70,6 +71,20 @@ def cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(datasets, "CACHE", folder)
     return folder
+
+
+MATPLOTLIB = []  # imported once: its parts must not meet those of a second import
+
+
+@pytest.fixture
+def pyplot(monkeypatch):
+    """matplotlib's pyplot, also in a file whose tests hide matplotlib because it is slow."""
+    monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
+    if MATPLOTLIB:
+        monkeypatch.setitem(sys.modules, "matplotlib", MATPLOTLIB[0])
+    module = pytest.importorskip("matplotlib.pyplot")
+    MATPLOTLIB[:] = [sys.modules["matplotlib"]]
+    return module
 
 
 # ---------------------------------------------------------------------------------------------
@@ -159,4 +174,4 @@ def encode(tokenizer, documents):
     ids = [tokenizer.eot]
     for document in documents:
         ids += [*tokenizer.encode(document), tokenizer.eot]
-    return np.array(ids, np.uint16)
+    return np.array(ids)

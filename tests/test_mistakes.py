@@ -200,7 +200,7 @@ def make_texts():
         "binary.txt": b"text\0text" * 100,
         "image.png": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
         "latin.txt": latin * 100,
-        "shelf/text.md": b"not a .txt",
+        "shelf/picture.jpg": b"not a text",
         "mixed/bad.txt": latin * 100,
         "mixed/good.txt": b"good " * 100,
         "used/log.csv": b"step\n",

@@ -1,0 +1,415 @@
+"""Known layouts are recognised and cleaned, own files are read or refused with the place.
+
+The samples are made here, in the shape of the public sets: none of their text is in the repository.
+"""
+
+import codecs
+import csv
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bpe import Tokenizer
+from data import datasets, formats
+
+EOT = "<|endoftext|>"
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path, content):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def write_zip(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return Path(path)
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return Path(path)
+
+
+def read(path, text_column=""):
+    """The documents at a path, pieces joined, and the notes."""
+    notes, documents, parts = [], [], []
+    found = formats.find(Path(path))
+    for source, text, ends in formats.documents(found, text_column, notes.append):
+        parts.append(text)
+        if ends:
+            documents.append((source, "".join(parts)))
+            parts = []
+    assert not parts, "the last document has no end"
+    return documents, notes
+
+
+def texts(path, text_column=""):
+    return [text for _, text in read(path, text_column)[0]]
+
+
+# ---------------------------------------------------------------------------------------------
+# The known sets, wherever they lie
+# ---------------------------------------------------------------------------------------------
+
+BBC = {
+    f"BBC News Summary/{kind}/{category}/{i:03}.txt": f"{kind} {category} {i}\n\nBody.\n"
+    for kind in ("News Articles", "Summaries")
+    for category in formats.CATEGORIES
+    for i in (1, 2)
+}
+
+
+def test_of_the_bbc_set_only_articles_are_read_and_their_category_is_their_source():
+    members = {**BBC, "BBC News Summary/readme.txt": "about"}
+    expected = sorted(
+        (category, f"News Articles {category} {i}\n\nBody.\n")
+        for category in formats.CATEGORIES
+        for i in (1, 2)
+    )
+    assert sorted(read(write_zip("a.zip", members))[0]) == expected
+    nested = {f"once/more/{name}": content for name, content in members.items()}
+    assert sorted(read(write_zip("b.zip", nested))[0]) == expected
+    for name, content in members.items():
+        write(Path("folder") / name, content)
+    assert sorted(read("folder")[0]) == expected
+    assert sorted(read("folder/BBC News Summary/News Articles")[0]) == expected
+
+
+def test_only_the_bbc_set_may_hold_a_pound_sign_of_windows():
+    members = {**BBC, "BBC News Summary/News Articles/sport/199.txt": b"costs \xa35m\r\nin all"}
+    assert ("sport", "costs £5m\nin all") in read(write_zip("a.zip", members))[0]
+    with pytest.raises(ValueError, match="not UTF-8 text .byte 6 is 0xa3"):
+        read(write_zip("b.zip", {"sport/199.txt": b"costs \xa35m"}))
+
+
+def test_wikipedia_is_split_at_three_blank_lines_and_loses_its_empty_brackets():
+    page = "Title\n\nA word () is (; ) in f() and (this).\n\n\nstill here"
+    content = f"{page}\n\n\n\nOther\n\nbody\n\n\n \n\n\n\nThird\n\nbody\n"
+    write("dump/fullEnglish/AA/wiki_00", content)
+    write("dump/fullEnglish/AB/wiki_01", "Last\n\nbody")
+    write("dump/readme.txt", "about")
+    first = "Title\n\nA word is in f() and (this).\n\n\nstill here"
+    assert texts("dump") == [first, "Other\n\nbody", "Third\n\nbody", "Last\n\nbody"]
+
+
+PLAYS = [
+    ["Dataline", "Play", "PlayerLinenumber", "ActSceneLine", "Player", "PlayerLine"],
+    ["1", "King Bob", "", "", "", "ACT I"],
+    ["2", "King Bob", "", "", "", "SCENE I. A room."],
+    ["3", "King Bob", "1", "1.1.1", "BOB", "So, shaken as we are [Aside] and wan,"],
+    ["4", "King Bob", "1", "1.1.2", "BOB", "find we a time."],
+    ["5", "King Bob", "1", "", "BOB", "Exit ANN"],
+    ["6", "King Bob", "2", "1.1.3", "ANN", "[Within] My liege!"],
+    ["7", "King Bob", "2", "1.2.1", "ANN", "Another scene."],
+    ["8", "Queen Ann", "1", "1.2.1", "ANN", "Another play."],
+]
+SCENES = [
+    "BOB:\nSo, shaken as we are and wan,\nfind we a time.\n\nANN:\nMy liege!",
+    "ANN:\nAnother scene.",
+    "ANN:\nAnother play.",
+]
+
+
+def test_plays_are_scenes_of_speeches_without_stage_directions():
+    assert texts(write_csv("plays.csv", PLAYS)) == SCENES
+
+
+def test_the_other_edition_of_the_plays_gives_the_same():
+    header = "type,line_id,play_name,speech_number,line_number,speaker,text_entry".split(",")
+    rows = [
+        ["line", n, play, speech, line, who, text] for n, play, speech, line, who, text in PLAYS
+    ]
+    assert texts(write_csv("plays.csv", [header, *rows[1:]])) == SCENES
+
+
+@pytest.mark.parametrize(
+    "speaker, line", [("Character", "Dialogue"), ("Speaker Name", "Lines"), ("character", "quote")]
+)
+def test_films_need_only_a_speaker_and_a_line(speaker, line):
+    rows = [["movie", speaker, line], ["A", "Tony", "Hi. [smiles]"], ["A", "Tony", "You?"]]
+    rows += [["A", "Pepper", "Fine."], ["B", "Tony", "Later."]]
+    found, notes = read(write_csv("films.csv", rows))
+    expected = ["Tony:\nHi.\nYou?\n\nPepper:\nFine.", "Tony:\nLater."]
+    assert [text for _, text in found] == expected
+    assert len(notes) == 1 and repr(speaker) in notes[0] and repr(line) in notes[0]
+
+
+LADDER = (
+    "the field, \n  \n    \n      B\n    \n    \\mathbf {B}\n  , in terms:\n\nwhere \n  \n    \n"
+    "      μ\n      \n        0\n      \n    \n    {\\displaystyle \\mu _{0}}\n   is a number () "
+    "and \n  \n    \n      J\n    \n    \\mathbf {J}\n   a current."
+)
+
+
+def test_pages_are_put_together_and_their_formulas_folded():
+    rows = [["page", "section_title", "text"], ["Field", "One", LADDER], ["Field", "Two", "More."]]
+    rows += [["Force", "One", "Other."]]
+    folded = "the field, \\mathbf {B}, in terms:\n\nwhere \\mu _{0} is a number and \\mathbf {J} a"
+    folded += " current."
+    expected = [f"Field\n\nOne\n\n{folded}\n\nTwo\n\nMore.", "Force\n\nOne\n\nOther."]
+    assert texts(write_csv("pages.csv", rows)) == expected
+
+
+def test_text_that_is_no_ladder_is_left_alone():
+    text = "code:\n    if x:\n        y()\nafter\n\n  two spaces\n"
+    assert formats.fold_formulas(text) == text
+
+
+# ---------------------------------------------------------------------------------------------
+# Own tables
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_csv_gives_a_document_a_row_and_says_from_which_column():
+    rows = [
+        ["id", "title", "text"],
+        ["1", "t", "first,\nof two lines"],
+        ["2", "u", ""],
+        ["3", "v", "x"],
+    ]
+    found, notes = read(write_csv("own.csv", rows))
+    assert [text for _, text in found] == ["first,\nof two lines", "x"]
+    assert len(notes) == 1 and "'text'" in notes[0] and "--text_column" in notes[0]
+    assert texts("own.csv", "title") == ["t", "u", "v"]
+
+
+def test_without_a_known_name_the_longest_column_is_taken():
+    rows = [["a", "b", "c"], *([str(i), f"a longer text number {i}", "short"] for i in range(5))]
+    assert texts(write_csv("own.csv", rows)) == [row[1] for row in rows[1:]]
+
+
+def test_a_name_and_a_text_are_no_dialogue():
+    rows = [["name", "text"], ["Ann", "one"], ["Ann", "two"]]
+    assert texts(write_csv("own.csv", rows)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("delimiter", ",;\t")
+def test_the_delimiter_is_the_one_of_the_first_line(delimiter):
+    write("own.csv", f"id{delimiter}text\r\n1{delimiter}first. second\r\n")
+    assert texts("own.csv") == ["first. second"]
+
+
+def test_jsonl_gives_a_document_a_line():
+    lines = [
+        json.dumps({"id": "1", "text": "été\n\ud83d\ude00"}),
+        "",
+        json.dumps({"text": "two", "n": 3}),
+    ]
+    lines += [json.dumps({"other": "no text"})]
+    assert texts(write("own.jsonl", "\n".join(lines))) == ["été\n😀", "two"]
+    assert texts(write("strings.jsonl", '"one"\n"two"\n')) == ["one", "two"]
+    assert texts(write("bad.jsonl", json.dumps({"text": "a\ud800b"}))) == ["a?b"]
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.jsonl", '{"text": "x"}\nnot json\n', ["a.jsonl", "line 2", "not json"]),
+        ("a.jsonl", "[1, 2]\n", ["a.jsonl", "line 1", "object"]),
+        ("a.csv", b"id,text\n1,caf\xe9\n", ["a.csv", "not UTF-8", "byte 13", "0xe9"]),
+        ("a.csv", "id,text\n1,x\n", ["no column 'body'", "id, text"]),
+    ],
+)
+def test_a_bad_table_is_refused_with_the_place(name, content, words):
+    write(name, content)
+    with pytest.raises(ValueError) as error:
+        read(name, "body" if "column" in words[0] else "")
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Bytes
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 1 << 20])
+def test_blocks_of_any_size_give_the_same_text(size, monkeypatch):
+    monkeypatch.setattr(formats, "BLOCK", size)
+    content = codecs.BOM_UTF8 + "é\r\n😀\r\rb\n".encode()
+    assert "".join(formats.text_blocks(io.BytesIO(content), "x")) == "é\n😀\n\nb\n"
+
+
+@given(st.integers(0, 40), st.integers(1, 9), st.booleans())
+def test_the_byte_that_is_not_utf8_is_named_in_any_block(before, block, mark):
+    content = codecs.BOM_UTF8 * mark + "é".encode() * before + b"\xe9 and more"
+    at = len(content) - len(b"\xe9 and more")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "BLOCK", block)
+        with pytest.raises(ValueError, match=f"byte {at} is 0xe9"):
+            list(formats.text_blocks(io.BytesIO(content), "x"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16le", "utf-16be"])
+def test_utf16_is_named_with_the_command_that_converts_it(encoding):
+    write("a.txt", ("Hello, this is text. " * 20).encode(encoding))
+    with pytest.raises(ValueError, match=f"UTF-16.*iconv -f {encoding} -t utf-8 a.txt"):
+        read("a.txt")
+
+
+# ---------------------------------------------------------------------------------------------
+# Documents and pieces
+# ---------------------------------------------------------------------------------------------
+
+words = st.sampled_from(
+    ["a", " ", "\n", "\n\n", "word", EOT, f"\n{EOT}\n", f" {EOT} \n", "é", "  "]
+)
+
+
+def in_blocks(text, sizes):
+    while text:
+        size = sizes[len(text) % len(sizes)]
+        yield text[:size]
+        text = text[size:]
+
+
+def naive(text):
+    """Documents of a whole text, line by line."""
+    parts, lines, separated = [], [], False
+    for line in text.split("\n"):
+        if line.strip() == EOT:
+            parts.append("\n".join(lines))
+            lines, separated = [], True
+        else:
+            lines.append(line)
+    parts.append("\n".join(lines))
+    parts = [part.strip("\n") for part in parts[:-1]] + [parts[-1].lstrip("\n")]
+    if separated:
+        parts[-1] = parts[-1].rstrip("\n")
+    return [part for part in parts if part.strip()]
+
+
+@given(st.lists(words, max_size=30).map("".join), st.lists(st.integers(1, 40), min_size=1))
+def test_documents_do_not_depend_on_the_blocks(text, sizes):
+    found = list(formats.split_documents(in_blocks(text, sizes)))
+    assert all(ends for _, ends in found)
+    assert [document for document, _ in found] == naive(text)
+
+
+@given(st.lists(words, max_size=60).map("".join), st.lists(st.integers(1, 40), min_size=1))
+def test_pieces_of_long_documents_make_up_the_documents(text, sizes):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "PIECE", 10)
+        found, whole = list(formats.split_documents(in_blocks(text, sizes))), [""]
+    for piece, ends in found:
+        whole[-1] += piece
+        whole += [""] * ends
+    assert whole.pop() == ""
+    expected = naive(text)
+    assert [w.strip("\n") for w in whole if w.strip()] == [d.strip("\n") for d in expected]
+    assert all(len(piece) < 16 * 10 + 2 * 40 for piece, _ in found)
+
+
+def test_a_long_document_comes_in_pieces_that_cut_no_word(monkeypatch):
+    monkeypatch.setattr(formats, "PIECE", 1000)
+    text = "".join(f"It's  {i:04} words,\n\n and more!\n" for i in range(400))
+    pieces = [piece for piece, _ in formats.split_documents(in_blocks(text, [700]))]
+    assert len(pieces) > 5 and "".join(pieces) == text
+    tokenizer = Tokenizer.train([text], 400)
+    assert sum((tokenizer.encode(piece) for piece in pieces), []) == tokenizer.encode(text)
+
+
+def test_a_word_without_end_does_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(formats, "PIECE", 1000)
+    pieces = list(formats.split_documents("x" * 700 for _ in range(200)))
+    assert "".join(piece for piece, _ in pieces) == "x" * 140_000
+    assert max(len(piece) for piece, _ in pieces) < 17_000
+    assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+# ---------------------------------------------------------------------------------------------
+# Zips and folders
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_zip_is_read_like_the_folder_it_was_made_of():
+    files = {"b/two.md": "two", "a/one.txt": "one", "c/rows.csv": "id,text\n1,three\n"}
+    files |= {"image.png": b"\x89PNG", ".hidden.txt": "no", "__MACOSX/._a.txt": "no"}
+    for name, content in files.items():
+        write(Path("folder") / name, content)
+    write_zip("files.zip", files)
+    assert texts("files.zip") == texts("folder") == ["one", "two", "three"]
+    Path("shelf").mkdir()
+    Path("files.zip").rename("shelf/files.zip")
+    assert texts("shelf") == ["one", "two", "three"]
+
+
+def test_folders_that_tell_documents_apart_are_their_sources():
+    files = {f"root/{kind}/{i}.txt": f"{kind} {i}" for kind in ("poems", "letters") for i in (1, 2)}
+    found, _ = read(write_zip("a.zip", files))
+    assert [source for source, _ in found] == ["letters", "letters", "poems", "poems"]
+    found, _ = read(write_zip("b.zip", {**files, "root/loose.txt": "loose"}))
+    assert {source for source, _ in found} == {""}
+    many = {f"{i}/{i}.txt": f"{i}" for i in range(20)}
+    assert {source for source, _ in read(write_zip("c.zip", many))[0]} == {""}
+
+
+def test_no_member_of_a_zip_leaves_it():
+    Path("in").mkdir()
+    bad = {"../evil.txt": "evil", "/abs/evil.txt": "evil", "ok.txt": "fine"}
+    before = sorted(Path("..").rglob("*"))
+    path = write_zip("in/bad.zip", bad)
+    assert "fine" in texts(path)
+    assert sorted(Path("..").rglob("*")) == sorted(
+        [*before, Path("..") / Path().resolve().name / path]
+    )
+
+
+def test_a_bomb_is_refused_before_it_is_read():
+    write_zip("bomb.zip", {"a.txt": b"0" * (70 << 20)})
+    with pytest.raises(ValueError, match=r"would unpack from 0\.\d to 73 MB"):
+        formats.find(Path("bomb.zip"))
+    write_zip("text.zip", {"a.txt": b"0" * (50 << 20)})
+    assert formats.find(Path("text.zip"))
+
+
+def test_a_damaged_zip_is_one_line_that_says_so():
+    good = write_zip("good.zip", {"a.txt": "some text " * 1000}).read_bytes()
+    write("short.zip", good[: len(good) // 2])
+    with pytest.raises(ValueError, match=r"short\.zip is no whole zip"):
+        read("short.zip")
+    middle = good.index(b"a.txt") + 40
+    write("flipped.zip", good[:middle] + bytes([good[middle] ^ 255]) + good[middle + 1 :])
+    with pytest.raises(ValueError, match=r"flipped\.zip is damaged at a\.txt"):
+        read("flipped.zip")
+
+
+def test_a_zip_with_a_password_is_refused():
+    data = bytearray(write_zip("a.zip", {"a.txt": "text"}).read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= 1  # the flag in the directory at the end
+    write("locked.zip", bytes(data))
+    with pytest.raises(ValueError, match=r"locked\.zip wants a password"):
+        read("locked.zip")
+
+
+# ---------------------------------------------------------------------------------------------
+# Names
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_set_is_found_in_its_folder_as_file_folder_or_zip(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets, "SETS", tmp_path / "sets")
+    with pytest.raises(ValueError, match=r"bbc is not here yet; .*python data/datasets.py bbc"):
+        datasets.read("bbc")
+    (tmp_path / "sets/bbc").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"holds no .*python data/datasets.py bbc"):
+        datasets.read("bbc")
+    write_zip("sets/bbc/whatever it is called.zip", BBC)
+    assert set(datasets.read("bbc").sources) == set(formats.CATEGORIES)
+    write_csv(write("sets/shakespeare/any.csv", ""), PLAYS)
+    assert "".join(datasets.read("shakespeare").train).startswith(SCENES[0])

@@ -1,0 +1,345 @@
+"""What a run leaves to look at: loss by source, load by layer, pictures, and mlflow if asked."""
+
+import csv
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+from conftest import encode, random_model, small_config
+from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
+
+import lamoe
+import train
+from bpe import Tokenizer
+from data import datasets
+
+EOT = "<|endoftext|>"
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    Path("text.txt").write_text(make_text(), encoding="utf-8")
+    for name in ("poems", "letters"):
+        documents = [make_text(20, f"{name} {i}") for i in range(60)]
+        Path("mixed").mkdir(exist_ok=True)
+        Path(f"mixed/{name}.txt").write_text(f"\n{EOT}\n".join(documents), encoding="utf-8")
+    return tmp_path
+
+
+def start(out, *flags, data="text.txt"):
+    flags = [word for flag in flags for word in str(flag).split()]
+    return call(train, "--data", data, "--out", out, *TINY, *flags)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------------------------------------
+# Sources
+# ---------------------------------------------------------------------------------------------
+
+MIXTURE, NAMES = "mixed/poems.txt,mixed/letters.txt", ["poems", "letters"]
+
+
+def test_the_loss_by_source_is_the_loss_on_its_documents_alone():
+    corpus = datasets.read(MIXTURE)
+    tokenizer = Tokenizer.train(corpus.train, 300)
+    settings = train.TrainConfig(device="cpu", dtype="fp32", tokenizer="bytes")
+    data = train.load_data(settings, {"seq_len": 16}, None, corpus)
+    tokenizer, config = data.tokenizer, small_config(vocab_size=257)
+    model = random_model(config)
+
+    def score(ids, kinds=None):
+        spans = train.windows(ids, tokenizer.eot, 16)
+        return train.evaluate(model, ids, spans, tokenizer, settings, kinds)
+
+    together = train.by_source(score(data.val_ids, data.source_of_byte), data)
+    assert list(together) == [f"val_bpb_{name}" for name in NAMES]
+    of = [corpus.sources[i] for i in corpus.val.sources]
+    for name in corpus.sources:
+        alone = [text for text, source in zip(corpus.val, of, strict=True) if source == name]
+        n_bytes = sum(len(text.encode()) + len(EOT) for text in alone)
+        assert np.sum(data.source_of_byte == corpus.sources.index(name)) == n_bytes
+        # documents begin windows of their own only where they fit: the context differs a little
+        expected = score(encode(tokenizer, alone)).bits_per_byte
+        assert together[f"val_bpb_{name}"] == pytest.approx(expected, rel=0.05)
+    total = np.bincount(data.source_of_byte) @ list(together.values())
+    everything = score(data.val_ids).bits_per_byte
+    assert total / len(data.source_of_byte) == pytest.approx(everything, rel=1e-9)
+
+
+def test_a_mixture_logs_and_shows_the_loss_of_each_source(capsys):
+    assert start("run", "--steps 4 --eval_every 2 --log_every 1", data=MIXTURE) == 0
+    printed = capsys.readouterr().out
+    columns = [f"val_bpb_{name}" for name in NAMES]
+    rows = rows_of("run/log.csv")
+    assert list(rows[0])[-2:] == columns
+    for row in rows:
+        parts = [row[column] for column in columns]
+        assert all(parts) if row["val_loss"] else not any(parts)
+        if row["val_loss"]:
+            low, high = sorted(map(float, parts))
+            assert low <= float(row["val_bits_per_byte"]) <= high
+            assert f"poems {float(parts[0]):.3f}" in printed
+    assert re.search(r"by source  poems \d\.\d{4}  letters \d\.\d{4}", printed)
+
+
+def test_a_resumed_mixture_keeps_its_columns():
+    for out, stop in (("straight", 99), ("resumed", 3)):
+        with at_training_step(stop, press_ctrl_c):
+            start(out, "--steps 6 --eval_every 2 --log_every 1", data=MIXTURE)
+    assert call(train, "--resume", "--out", "resumed") == 0
+    for name in ("log.csv", "load.csv"):
+        straight, resumed = (rows_of(f"{run}/{name}") for run in ("straight", "resumed"))
+        for row in straight + resumed:
+            for column in ("seconds", "tokens_per_s"):
+                row.pop(column, None)
+        assert straight == resumed and straight
+
+
+def test_resume_notices_that_the_text_changed(capsys):
+    with at_training_step(2, press_ctrl_c):
+        start("run", "--steps 4")
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    original = Path("text.txt").read_bytes()
+    Path("text.txt").write_bytes(original + b" more")
+    capsys.readouterr()
+    assert call(train, "--resume", "--out", "run") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert all(word in message for word in ("text.txt", "bring that back", "--out"))
+    assert {path: path.read_bytes() for path in Path("run").iterdir()} == before
+    Path("text.txt").write_bytes(original)
+    assert call(train, "--resume", "--out", "run") == 0
+
+
+def test_the_column_of_a_table_is_a_flag_and_kept(capsys):
+    rows = [[i, make_text(9, i), f"other {i} " * 9] for i in range(60)]
+    with open("table.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["id", "text", "other"], *rows])
+    with at_training_step(1, press_ctrl_c):
+        start("run", "--steps 2 --text_column other", data="table.csv")
+    assert call(train, "--resume", "--out", "run") == 0
+    assert start("bad", "--text_column wings", data="table.csv") == 2
+    assert "no column 'wings'; it has: id, text, other" in capsys.readouterr().err
+    assert start("guessed", "--steps 1", data="table.csv") == 0
+    assert "text is column 'text'" in capsys.readouterr().out
+
+
+def test_a_large_text_teaches_the_tokenizer_by_a_part_of_it_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(train, "SAMPLE", 500)
+    learned = []
+    real = Tokenizer.train
+    monkeypatch.setattr(
+        Tokenizer,
+        "train",
+        lambda documents, *rest: real(learned.append(list(documents)) or learned[0], *rest),
+    )
+    assert start("run", "--steps 1 --tokenizer bpe --vocab_size 280", data="mixed") == 0
+    n = sum(len(text.encode()) for text in learned[0])
+    assert 300 < n < 700 and "every" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------
+# Load
+# ---------------------------------------------------------------------------------------------
+
+
+def test_load_csv_has_the_share_of_each_expert_of_each_layer_and_fits_the_log():
+    start("run", "--steps 6 --log_every 2 --eval_every 6 --n_layers 2")
+    loads, rows = rows_of("run/load.csv"), rows_of("run/log.csv")
+    assert list(loads[0]) == ["step", "layer", "0", "1", "2"]
+    assert [(row["step"], row["layer"]) for row in loads] == [
+        (row["step"], layer) for row in rows for layer in "01"
+    ]
+    for row in rows:
+        shares = [[float(r[e]) for e in "012"] for r in loads if r["step"] == row["step"]]
+        assert np.sum(shares, 1) == pytest.approx([3, 3], rel=1e-4)  # 1 is an equal share
+        assert np.max(shares) == pytest.approx(float(row["load_max_over_mean"]), rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------
+
+
+def figure_of(pyplot, act):
+    """The figure that act() saves, kept open."""
+    kept = []
+    with mock.patch.object(pyplot, "close", kept.append):
+        act()
+    return kept[0]
+
+
+@pytest.mark.parametrize("flags", ["--n_layers 2", "--n_experts 1"])
+def test_the_picture_has_a_line_for_each_expert_of_each_layer(flags, pyplot):
+    figure = figure_of(pyplot, lambda: start("run", "--steps 6 --log_every 2", flags))
+    meshes = [c for ax in figure.axes for c in ax.collections if hasattr(c, "get_coordinates")]
+    loads = rows_of("run/load.csv")
+    if not loads:
+        assert len(figure.axes) == 2
+        return
+    (mesh,) = [c for c in meshes if c.get_cmap().name == "cividis" and c.get_array().size < 100]
+    expected = [[float(row[e]) for e in "012"] for row in loads]
+    steps = len({row["step"] for row in loads})
+    assert np.allclose(mesh.get_array().reshape(6, steps).T.reshape(-1, 3), expected)
+    assert Path("run/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_lays_runs_over_each_other_by_step_and_by_seconds(pyplot, capsys):
+    for run, lr in (("a", 0.01), ("b", 0.001)):
+        start(run, "--steps 6 --log_every 1 --eval_every 2", "--lr", lr)
+    capsys.readouterr()
+    figure = figure_of(pyplot, lambda: call(train, "--plot", "a", "b", "--out", "both.png"))
+    assert Path("both.png").read_bytes().startswith(b"\x89PNG")
+    assert "both.png" in capsys.readouterr().out
+    for ax, column in zip(figure.axes, ("step", "seconds"), strict=True):
+        lines = [line for line in ax.lines if not line.get_label().startswith("_")]
+        assert [line.get_label()[0] for line in lines] == ["a", "b"]
+        for line, run in zip(lines, "ab", strict=True):
+            scored = [row for row in rows_of(f"{run}/log.csv") if row["val_loss"]]
+            assert line.get_xdata() == pytest.approx([float(row[column]) for row in scored])
+            bits = [float(row["val_bits_per_byte"]) for row in scored]
+            assert line.get_ydata() == pytest.approx(bits)
+        assert len({line.get_color() for line in lines}) == 2
+
+
+def test_plot_of_what_is_no_run_is_one_line(pyplot, capsys):
+    Path("empty").mkdir()
+    for run in ("nowhere", "empty"):
+        assert call(train, "--plot", run) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and run in message and "folder of a run" in message
+    assert not Path("plot.png").exists()
+
+
+def test_without_matplotlib_the_loss_is_a_line_of_text(capsys):
+    start("run", "--steps 9 --log_every 1")
+    printed = capsys.readouterr().out
+    line = re.search(r"loss +([▁▂▃▄▅▆▇█]+) (\d\.\d\d) to (\d\.\d\d)", printed)
+    assert len(line[1]) == 9 and line[1][0] == "█" and float(line[2]) > float(line[3])
+    assert 'pip install -e ".[plot]"' in printed
+    assert call(train, "--plot", "run") == 2
+    assert 'pip install -e ".[plot]"' in capsys.readouterr().err
+
+
+def test_the_line_of_text_is_as_high_as_the_values():
+    assert train.sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == "▁▂▃▄▅▆▇█"
+    assert train.sparkline([5.0, 5.0]) == "▁▁"
+    assert len(train.sparkline(list(range(1000)))) == 60
+
+
+# ---------------------------------------------------------------------------------------------
+# mlflow
+# ---------------------------------------------------------------------------------------------
+
+
+class FakeMlflow:
+    """As much of mlflow as is asked of it; `fails` names functions that raise."""
+
+    def __init__(self):
+        self.params, self.metrics, self.artifacts, self.runs = {}, [], [], []
+        self.uri, self.ended, self.fails = None, 0, ()
+
+    def __getattribute__(self, name):
+        if name != "fails" and name in self.fails:
+            return mock.Mock(side_effect=ConnectionError("no store\nof this name"))
+        return super().__getattribute__(name)
+
+    def set_tracking_uri(self, uri):
+        self.uri = uri
+
+    def set_experiment(self, name):
+        self.experiment = name
+
+    def start_run(self, run_id=None, run_name=None):
+        self.runs.append((run_id, run_name))
+        return SimpleNamespace(info=SimpleNamespace(run_id=run_id or "id-1"))
+
+    def log_params(self, params):
+        self.params.update(params)
+
+    def log_metrics(self, metrics, step):
+        assert all(type(value) is float for value in metrics.values())
+        self.metrics.append((step, metrics))
+
+    def log_artifact(self, path):
+        self.artifacts.append(Path(path).name)
+
+    def end_run(self):
+        self.ended += 1
+
+
+@pytest.fixture
+def mlflow(monkeypatch):
+    fake = FakeMlflow()
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return fake
+
+
+def test_mlflow_gets_the_configuration_each_row_the_picture_and_the_checkpoint(mlflow, pyplot):
+    assert start("run", "--steps 4 --log_every 1 --eval_every 2 --track mlflow") == 0
+    saved = lamoe.read("run/last.pt")
+    assert mlflow.params == {**saved["train_config"], **saved["config"]}
+    assert mlflow.runs == [(None, "run")] and mlflow.ended == 1
+    assert mlflow.uri == Path("mlruns").resolve().as_uri()
+    assert mlflow.artifacts == ["log.csv", "load.csv", "loss.png", "best.pt"]
+    rows = rows_of("run/log.csv")
+    assert [step for step, _ in mlflow.metrics] == [int(row["step"]) for row in rows]
+    for (_, metrics), row in zip(mlflow.metrics, rows, strict=True):
+        logged = {name: float(value) for name, value in row.items() if value and name != "step"}
+        assert metrics == pytest.approx(logged, rel=1e-4)
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_mlflow(mlflow):
+    with at_training_step(2, press_ctrl_c):
+        start("run", "--steps 4 --log_every 1 --track mlflow")
+    mlflow.params.clear()
+    assert call(train, "--resume", "--out", "run") == 0
+    assert mlflow.runs == [(None, "run"), ("id-1", "run")] and mlflow.params == {}
+    assert [step for step, _ in mlflow.metrics] == [1, 2, 3, 4]
+
+
+def test_an_address_of_ones_own_is_left_alone(mlflow, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://here")
+    assert start("run", "--steps 1 --track mlflow") == 0
+    assert mlflow.uri is None
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_without_mlflow_or_its_store_nothing_is_trained(missing, mlflow, monkeypatch, capsys):
+    mlflow.fails = ("start_run",)
+    if missing:
+        monkeypatch.setitem(sys.modules, "mlflow", None)
+    with mock.patch.object(train, "update", side_effect=AssertionError("it trained")):
+        assert start("run", "--steps 1 --track mlflow") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "mlflow" in message
+    assert ("[track]" if missing else "no store") in message
+    assert not Path("run").exists(), "the next try would be refused"
+
+
+@pytest.mark.parametrize("failing", ["log_metrics", "log_artifact", "end_run"])
+def test_a_store_that_fails_later_costs_the_run_nothing(failing, mlflow, capsys):
+    assert start("plain", "--steps 4 --log_every 1") == 0
+    mlflow.fails = (failing,)
+    capsys.readouterr()
+    assert start("run", "--steps 4 --log_every 1 --track mlflow") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("going on without it") == 1 and "no store" in printed
+    losses = [[row["train_loss"] for row in rows_of(f"{run}/log.csv")] for run in ("plain", "run")]
+    assert losses[0] == losses[1]
+
+
+def test_another_tracker_is_refused(capsys):
+    assert start("run", "--track wandb") == 2
+    assert "track='wandb' is unknown" in capsys.readouterr().err

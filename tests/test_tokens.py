@@ -1,0 +1,156 @@
+"""The ids of a corpus on disk are those of the tokenizer, and a half file is never believed."""
+
+import itertools
+import multiprocessing
+import os
+import resource
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import encode
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train
+from bpe import Tokenizer
+from data import datasets, formats, tokens
+
+EOT = "<|endoftext|>"
+BYTES = Tokenizer([])
+texts = st.lists(st.text("ab \n\u00e9", min_size=1, max_size=30), min_size=1, max_size=12)
+
+
+def side_of(documents, pieces=1):
+    """A datasets.Documents of these, each in so many pieces."""
+
+    def read():
+        for text in documents:
+            step = -(-len(text) // pieces) or 1
+            for at in range(0, len(text), step):
+                yield "", text[at : at + step], at + step >= len(text)
+
+    n_bytes = sum(len(text.encode()) for text in documents)
+    n = len(documents)
+    return datasets.Documents(read, np.ones(n, bool), n_bytes, np.zeros(n, np.uint8))
+
+
+@given(texts, st.integers(1, 4), st.integers(1, 50))
+def test_ids_are_those_of_the_tokenizer_whatever_the_batches_and_pieces(documents, pieces, batch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "BATCH", batch)
+        path = datasets.CACHE / f"{len(list(datasets.CACHE.iterdir()))}.ids"
+        ids = tokens.encode(side_of(documents, pieces), BYTES, path)
+    assert isinstance(ids, np.memmap) and ids.dtype == np.uint16
+    assert ids.tolist() == encode(BYTES, documents).tolist()
+
+
+def test_a_large_vocabulary_takes_four_bytes_an_id(cache):
+    large = Tokenizer([(i // 256, i % 256) for i in range(65_500)])
+    ids = tokens.encode(side_of(["some text"]), large, cache / "a.ids")
+    assert ids.dtype == np.uint32 and ids[-1] == large.eot
+    assert ids.tolist() == encode(large, ["some text"]).tolist()
+
+
+def test_the_second_time_nothing_is_encoded(cache):
+    first = tokens.encode(side_of(["some text"]), BYTES, cache / "a.ids")
+    second = tokens.encode(None, BYTES, cache / "a.ids")
+    assert second.tolist() == first.tolist()
+
+
+def test_progress_is_told_with_the_time_left(cache, monkeypatch):
+    monkeypatch.setattr(tokens, "BATCH", 10)
+    told = []
+    tokens.encode(side_of(["a text of some length"] * 8), BYTES, cache / "a.ids", told.append)
+    assert len(told) == 8 and "left" in told[0] and "100%" in told[-1]
+
+
+def test_a_disk_that_is_too_small_is_noticed_at_once(cache, monkeypatch):
+    monkeypatch.setattr(tokens, "BATCH", 10)
+    monkeypatch.setattr(tokens.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(ValueError, match="make room"):
+        tokens.encode(side_of(["a text of some length"] * 80), BYTES, cache / "a.ids")
+    assert list(cache.iterdir()) == []
+
+
+def test_a_text_that_cannot_be_read_to_its_end_leaves_nothing(cache, monkeypatch):
+    monkeypatch.setattr(tokens, "BATCH", 1)
+    documents = datasets.Documents(lambda: iter([("", "a", True)]), np.ones(3, bool), 3, None)
+    with pytest.raises(ValueError, match="changed"):
+        tokens.encode(documents, BYTES, cache / "a.ids")
+    assert list(cache.iterdir()) == []
+
+
+def _encode_and_die(path):
+    tokens.BATCH = 1
+    dying = itertools.chain([("", "text", True)] * 50, iter(lambda: os._exit(9), None))
+    side = datasets.Documents(lambda: dying, np.ones(99, bool), 400, None)
+    tokens.encode(side, BYTES, path)
+
+
+def test_a_killed_build_leaves_nothing_believed(cache):
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_encode_and_die, args=(cache / "a.ids",))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    assert [path.suffix for path in cache.iterdir()] == [".tmp"]
+    ids = tokens.encode(side_of(["whole"]), BYTES, cache / "a.ids")
+    assert ids.tolist() == encode(BYTES, ["whole"]).tolist()
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 9))
+def test_document_starts_do_not_depend_on_blocks_nor_on_where_the_ids_are(ids, block):
+    ids = np.array(ids, np.uint16)
+    path = datasets.CACHE / "some.ids"
+    path.write_bytes(ids.tobytes())
+    mapped = np.memmap(path, np.uint16, "r")
+    expected = [i for i, token in enumerate(ids) if token == 3]
+    for found in (ids, mapped, mapped[:-1]):
+        wanted = [i for i in expected if i < len(found)]
+        assert train.document_starts(found, 3, block).tolist() == wanted
+
+
+def _peak_of_a_long_text(path, out):
+    """Peak memory of making the table and the ids of a text, beyond what the program takes."""
+    datasets.CACHE = Path(path).parent / "cache2"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    side = datasets.read(path).train
+    ids = tokens.encode(side, BYTES, datasets.CACHE / "a.ids")
+    spans = train.windows(ids, BYTES.eot, 4096)
+    batches = train.Batches(ids, BYTES.eot, 4096, 8, 0)
+    batches(0, "cpu")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out.put((peak - before) * (1 if sys.platform == "darwin" else 1024))
+    out.put(len(spans))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="measures with resource")
+@pytest.mark.parametrize("separator", [f"\n{EOT}\n", "\n"])
+def test_a_long_text_is_never_in_memory(tmp_path, separator):
+    size = 64 << 20
+    with open(tmp_path / "long.txt", "w") as file:
+        for i in range(size >> 20):
+            line = f"{i:08} some words of a text, " * 38 + separator
+            file.write("".join(f"{j}{line}" for j in range((1 << 20) // len(line))))
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    process = context.Process(target=_peak_of_a_long_text, args=(str(tmp_path / "long.txt"), out))
+    process.start()
+    peak, n = out.get(timeout=100), out.get(timeout=10)
+    process.join()
+    assert n > 9_000
+    assert peak < 0.6 * size
+
+
+def test_pieces_of_formats_are_one_document_on_disk(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "PIECE", 1000)
+    (tmp_path / "long.txt").write_text("".join(f"{i} and more\n" for i in range(9000)))
+    corpus = datasets.read(str(tmp_path / "long.txt"))
+    tokenizer = Tokenizer.train(corpus.train, 300)
+    for name, side in (("train", corpus.train), ("val", corpus.val)):
+        assert len(list(side)) > len(side) == 1
+        ids = tokens.encode(side, tokenizer, cache / name)
+        assert ids.tolist() == encode(tokenizer, ["".join(side)]).tolist()
