@@ -660,6 +660,7 @@ class Output(NamedTuple):
     load: Tensor  # (MoE layers, E): share of choices an expert got before capacity; rows sum to 1
     dropped: Tensor  # share of choices lost to capacity
     experts: Tensor | None  # (MoE layers, B, T, A), if asked
+    expert_weights: Tensor | None  # the same shape: what each counts, if asked
 
 
 class LaMoE(nn.Module):
@@ -731,14 +732,17 @@ class LaMoE(nn.Module):
             loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
         zero = torch.zeros((), device=ids_BT.device)
         loads = [load_share(r.experts_NA, c.n_experts) for r in routings]
-        experts = [r.experts_NA.view(*ids_BT.shape, -1) for r in routings]
+        asked = routings if return_experts else []
+        experts = [r.experts_NA.view(*ids_BT.shape, -1) for r in asked]
+        weights = [r.weights_NA.view(*ids_BT.shape, -1) for r in asked]
         return Output(
             logits=logits_BTV,
             loss=loss,
             aux=sum((r.loss for r in routings), zero),
             load=torch.stack(loads) if loads else zero.new_zeros(0, c.n_experts),
             dropped=sum((r.dropped for r in routings), zero) / max(1, len(routings)),
-            experts=torch.stack(experts) if return_experts and experts else None,
+            experts=torch.stack(experts) if experts else None,
+            expert_weights=torch.stack(weights) if weights else None,
         )
 
     def update_bias(self, load_LE: Tensor) -> None:
