@@ -143,34 +143,23 @@ def answer(model, tokenizer, prompt: str, args, generator: torch.Generator) -> l
             f"the prompt has {len(ids) - 1} tokens and the model reads {seq_len} at most; "
             f"shorten it to {seq_len - 2}"
         )
-    texts, started = (
-        [Continuation(tokenizer, args.stop) for _ in range(args.n)],
-        time.perf_counter(),
-    )
-    show = partial(print, end="", flush=True) if args.n == 1 else lambda piece: None
-    show(prompt)
+    how = (args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    batch_BT = torch.tensor([ids] * args.n, device=args.device)
+    texts = [Continuation(tokenizer, args.stop) for _ in range(args.n)]
+    stream = partial(print, end="", flush=True) if args.n == 1 else lambda piece: None
+    started = time.perf_counter()
+    stream(prompt)
     try:
-        for ids_B in model.generate(
-            torch.tensor([ids] * args.n, device=args.device),
-            args.max_new_tokens,
-            args.temperature,
-            args.top_k,
-            args.top_p,
-            args.min_p,
-            args.repetition_penalty,
-            tokenizer.eot,
-            generator,
-        ):
+        for ids_B in model.generate(batch_BT, args.max_new_tokens, *how, tokenizer.eot, generator):
             for text, i in zip(texts, ids_B.tolist(), strict=True):
-                show(text.add(i))
+                stream(text.add(i))
             if all(text.ended for text in texts):
                 break
         for text in texts:
-            if not text.ended:
-                full = len(ids) + len(text.ids) >= seq_len
-                show(text.finish(f" [the context of {seq_len} tokens is full]" * full))
-    finally:  # after Ctrl-C, too: nothing that was drawn is lost
-        show("\n")
+            is_full = not text.ended and len(ids) + len(text.ids) >= seq_len
+            stream(text.finish(f" [the context of {seq_len} tokens is full]" * is_full))
+    finally:  # after Ctrl-C, too: what was drawn is shown
+        stream("\n")
         for k, text in enumerate(texts if args.n > 1 else [], 1):
             print(f"--- {k} of {args.n}\n{prompt}{text.text}")
     n, seconds = sum(len(text.ids) for text in texts), time.perf_counter() - started
@@ -226,6 +215,8 @@ def look(model, tokenizer, source: str, ids: list[int]) -> Look:
 
 def read_ids(path: str, tokenizer, most: int = 100_000) -> list[int]:
     """Ids of the documents of a UTF-8 file, <|endoftext|> before each; of a long file the first."""
+    if not Path(path).is_file():
+        raise ValueError(f"--text {path}: no such file; name a UTF-8 text file")
     ids = []
     for document in bpe.read_documents(path):
         ids += [tokenizer.eot, *tokenizer.encode(document.strip("\n\ufeff"))]
@@ -267,42 +258,45 @@ def mutual_information(xs, ys) -> float:
     """H(X) + H(Y) - H(X, Y): how many bits of x one knows from y.
 
     >>> x, same, independent = "aabb" * 1000, "ccdd" * 1000, "cdcd" * 1000
-    >>> f"{mutual_information(x, same):.2f} {mutual_information(x, independent) + 0:.2f}"
-    '1.00 0.00'
+    >>> f"{mutual_information(x, same):.2f} {mutual_information(x, independent):.2f}"
+    '1.00 -0.00'
     """
     return entropy(xs) + entropy(ys) - entropy(zip(xs, ys, strict=True))
 
 
 def print_tables(looks: list[Look], config, tokenizer, rows: list[int]) -> None:
-    """What share of the tokens each expert comes first for, and how predictable that is."""
+    """Which expert comes first for what, and how many bits of that choice each thing tells."""
+    n_experts, seq_len = config.n_experts, config.seq_len
     kinds = {i: kind_of(tokenizer.decode([i])) for x in looks for i in x.ids}
-    quarters = [f"quarter {4 * t // config.seq_len + 1}" for t in range(config.seq_len)]
+    quarters = [f"quarter {4 * t // seq_len + 1}" for t in range(seq_len)]
     places = ["first position", *quarters[1:]]
     known = {
         "token": [i for x in looks for i in x.ids],
         "kind": [kinds[i] for x in looks for i in x.ids],
         "position": [places[t % len(places)] for x in looks for t in range(len(x.ids))],
-        "source": [x.source for x in looks for _ in x.ids],
     }
-    known = {name: labels for name, labels in known.items() if name != "source" or len(looks) > 1}
-    shuffle, summary = random.Random(0), []
+    if len(looks) > 1:
+        known["source"] = [x.source for x in looks for _ in x.ids]
+    everything, summary, chance = ["all"] * len(known["token"]), [], random.Random(0)
     for row in rows:
         layer = f"layer {config.n_dense_layers + row}"
         firsts = [e for x in looks for e in x.experts_LTA[row, :, 0].tolist()]
-        busiest = sorted(e for e, _ in Counter(firsts).most_common(12))
-        print(f"\n{layer:20}  tokens   % with this first expert", end="")
-        print(f"\n{'':28}" + "".join(f"{e:6}" for e in busiest))
-        for name in list(known)[1:]:
-            counts, totals = Counter(zip(known[name], firsts, strict=True)), Counter(known[name])
-            for label in sorted(totals) if name == "kind" else totals:
+        busiest = sorted(e for e, _ in Counter([*range(n_experts), *firsts]).most_common(12))
+        some = f" (the 12 busiest of {n_experts})" if n_experts > 12 else ""
+        print(f"\n{layer:20}  tokens   % with this first expert{some}")
+        print(f"{'':28}" + "".join(f"{e:6}" for e in busiest))
+        for labels in (everything, *list(known.values())[1:]):
+            counts, totals = Counter(zip(labels, firsts, strict=True)), Counter(labels)
+            for label in sorted(totals):
                 shares = "".join(f"{100 * counts[label, e] / totals[label]:6.1f}" for e in busiest)
                 print(f"{label[-20:]:20}{totals[label]:8,}{shares}")
         summary.append(f"{layer:10}{entropy(firsts):8.2f}")
-        for ys in known.values():
-            by_chance = mutual_information(shuffle.sample(firsts, len(firsts)), ys)
-            summary[-1] += f"{mutual_information(firsts, ys):9.2f} ({by_chance + 0:.2f})"
-    print("\nbits of the first expert: all, and what tells them (in brackets: by chance)")
-    print(f"{'all':>18}" + "".join(f"{name:>16}" for name in known), *summary, sep="\n")
+        shuffled = chance.sample(firsts, len(firsts))
+        for labels in known.values():
+            bits, by_chance = (mutual_information(es, labels) for es in (firsts, shuffled))
+            summary[-1] += f"{bits:9.2f} ({by_chance:5.2f})"
+    print("\nbits of the first expert: all, and those told by (in brackets: the same, shuffled)")
+    print(f"{'all':>18}" + "".join(f"{name:>17}" for name in known), *summary, sep="\n")
 
 
 # Nine colours that colour-blind eyes tell apart, for dark text (Paul Tol, scheme "light"), and the
@@ -355,11 +349,9 @@ def print_text(x: Look, config, rows: list[int], most: int = 500) -> None:
 
 # --- 4. The same as a page ------------------------------------------------------------------------
 
-PAGE_MARK = '<meta name="generator" content="LaMoE sample.py">'
-PAGE = """<!doctype html>
-<html lang="en">
+PAGE = """<!doctype html><html lang="en">
+<meta name="generator" content="LaMoE sample.py">
 <meta charset="utf-8">
-MARK
 <meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width">
 <title>Which expert each token goes to</title>
@@ -372,7 +364,7 @@ MARK
   [aria-pressed=true], .current { outline: 2px solid CanvasText; outline-offset: 1px }
   p { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.8 }
   p span:empty { padding-left: 0.4em }
-  .faded { opacity: 0.15 }
+  p .faded { background: none !important; color: GrayText }
   output { position: sticky; bottom: 0; display: block; min-height: 6rem; max-height: 35vh;
     overflow: auto; background: Canvas; border-top: 1px solid; padding: 0.5rem 0 }
   output div { display: flex; gap: 2px; margin-top: 2px }
@@ -390,7 +382,7 @@ const find = selector => document.querySelector(selector), main = find("main");
 const page = JSON.parse(find("[type='application/json']").textContent), colours = page.palette;
 const lines = ["none", "underline", "underline wavy", "underline dotted", "line-through"];
 const tokens = [], spans = [], buttons = [];
-let layer = 0, pinned = -1, current = -1;
+let layer = page.start, pinned = -1, current = -1;
 
 function add(parent, tag, text = "", properties = {}) {
   const node = parent.appendChild(document.createElement(tag));
@@ -418,7 +410,8 @@ function goTo(i) {
   current = Math.max(0, Math.min(tokens.length - 1, i));
   spans[current].classList.add("current");
   const { text, id, position, experts, weights } = tokens[current];
-  find("output").textContent = `${JSON.stringify(text)}, token ${id}, position ${position}`;
+  const what = `${JSON.stringify(text)}, token ${id}, position ${position}; expert: weight`;
+  find("output").textContent = what;
   experts.forEach((chosen, l) => {
     const bar = add(find("output"), "div");
     add(bar, "b", `layer ${page.layers[l]}`);
@@ -443,8 +436,8 @@ for (const text of page.texts) {
   add(main, "h2", text.source);
   const paragraph = add(main, "p");
   for (const token of text.tokens) {
-    const i = tokens.push(token) - 1, onmouseenter = () => goTo(i);
-    spans.push(add(paragraph, "span", token.text, { onmouseenter }));
+    const i = tokens.push(token) - 1, onmousemove = () => goTo(i);
+    spans.push(add(paragraph, "span", token.text.replaceAll("\\n", "\\u21b5\\n"), { onmousemove }));
   }
 }
 main.onkeydown = event => {
@@ -462,31 +455,36 @@ draw();
 
 def check_page(path: str) -> None:
     """Only a page of ours is written over: a slip of the finger must not cost anybody a file."""
-    if Path(path).is_dir() or not Path(path).parent.is_dir():
-        raise ValueError(f"--html {path}: give the name of a file in a folder that is there")
-    if Path(path).exists() and PAGE_MARK.encode() not in Path(path).read_bytes()[:1000]:
-        raise ValueError(f"--html {path} exists and is no page of sample.py; give another name")
+    target, opening = Path(path), "".join(PAGE.splitlines(True)[:2]).encode()  # names its author
+    if not target.parent.is_dir():
+        raise ValueError(f"--html {path}: there is no folder {target.parent}; make it first")
+    if target.is_file():
+        with target.open("rb") as file:
+            is_ours = file.read(len(opening)) == opening
+    if target.exists() and not (target.is_file() and is_ours):
+        raise ValueError(f"--html {path} is there and is no page of sample.py; give another name")
 
 
-def write_page(path: str, looks: list[Look], config, rows: list[int], most: int = 10_000) -> None:
-    """A page that needs no other file; it gets its name once it is whole."""
-    texts = []
+def write_page(path: str, looks: list[Look], config, start: int, most: int = 10_000) -> None:
+    """All layers, the one of row `start` on top. The file gets its name once it is whole."""
+    names, texts = ("text", "id", "position", "experts", "weights"), []
     for x in looks:
-        experts_TLA = x.experts_LTA[rows, :most].transpose(0, 1).tolist()
-        weights_TLA = x.weights_LTA[rows, :most].double().round(decimals=3).transpose(0, 1).tolist()
-        places = [t % config.seq_len for t in range(len(experts_TLA))]
-        names = ("text", "id", "position", "experts", "weights")
-        columns = zip(x.pieces, x.ids, places, experts_TLA, weights_TLA, strict=False)
+        experts_TLA = x.experts_LTA[:, :most].transpose(0, 1).tolist()
+        weights_TLA = x.weights_LTA[:, :most].double().round(decimals=3).transpose(0, 1).tolist()
+        positions = [t % config.seq_len for t in range(len(experts_TLA))]
+        columns = zip(x.pieces, x.ids, positions, experts_TLA, weights_TLA, strict=False)
         some = f", the first {most:,} of {len(x.ids):,} tokens" if len(x.ids) > most else ""
-        tokens = [dict(zip(names, token, strict=True)) for token in columns]
+        tokens = [dict(zip(names, column, strict=True)) for column in columns]
         texts.append({"source": x.source + some, "tokens": tokens})
-    layers = [config.n_dense_layers + row for row in rows]
-    data = dict(palette=PALETTE, layers=layers, n_experts=config.n_experts, texts=texts)
-    safe = json.dumps(data).replace("<", "\\u003c")  # so no text can end the script element
+    layers = list(range(config.n_dense_layers, config.n_layers))
+    data = {"n_experts": config.n_experts, "palette": PALETTE, "layers": layers, "start": start}
+    safe = json.dumps({**data, "texts": texts}).replace(
+        "<", "\\u003c"
+    )  # no text can end the script element
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "w", encoding="ascii") as file:
-            file.write(PAGE.replace("MARK", PAGE_MARK).replace("DATA", safe))
+            file.write(PAGE.replace("DATA", safe))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -502,9 +500,7 @@ def layers_to_show(config, layer: int | None) -> list[int]:
     """Rows of `Output.experts`: of all layers with experts, or of one."""
     first, end = config.n_dense_layers, config.n_layers
     if config.n_experts == 1 or first >= end:
-        raise ValueError(
-            "this model is dense, it has no experts; python train.py makes one that has"
-        )
+        raise ValueError("this model is dense, without experts; python train.py makes one with")
     if layer is not None and not first <= layer < end:
         raise ValueError(f"--layer {layer} has no experts; give one from {first} to {end - 1}")
     return list(range(end - first)) if layer is None else [layer - first]
@@ -516,7 +512,7 @@ def show_experts(looks: list[Look], config, tokenizer, args) -> None:
         print_text(x, config, rows)
     print_tables(looks, config, tokenizer, rows)
     if args.html:
-        write_page(args.html, looks, config, layers_to_show(config, None))
+        write_page(args.html, looks, config, rows[0])
 
 
 def respond(model, tokenizer, args, generator, prompt: str) -> None:
@@ -555,10 +551,7 @@ def main() -> None:
         run(args)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; check that path", file=sys.stderr)
-        sys.exit(2)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
