@@ -465,8 +465,8 @@ def check_page(path: str) -> None:
         raise ValueError(f"--html {path} is there and is no page of sample.py; give another name")
 
 
-def write_page(path: str, looks: list[Look], config, start: int, most: int = 10_000) -> None:
-    """All layers, the one of row `start` on top. The file gets its name once it is whole."""
+def make_page(looks: list[Look], config, start: int, most: int = 10_000) -> str:
+    """HTML in ASCII: all layers, that of row `start` first."""
     names, texts = ("text", "id", "position", "experts", "weights"), []
     for x in looks:
         experts_TLA = x.experts_LTA[:, :most].transpose(0, 1).tolist()
@@ -478,13 +478,16 @@ def write_page(path: str, looks: list[Look], config, start: int, most: int = 10_
         texts.append({"source": x.source + some, "tokens": tokens})
     layers = list(range(config.n_dense_layers, config.n_layers))
     data = {"n_experts": config.n_experts, "palette": PALETTE, "layers": layers, "start": start}
-    safe = json.dumps({**data, "texts": texts}).replace(
-        "<", "\\u003c"
-    )  # no text can end the script element
+    safe = json.dumps({**data, "texts": texts}).replace("<", "\\u003c")  # can't end its script
+    return PAGE.replace("DATA", safe)
+
+
+def write_page(path: str, page: str) -> None:
+    """The file gets its name once it is whole."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "w", encoding="ascii") as file:
-            file.write(PAGE.replace("DATA", safe))
+            file.write(page)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -512,7 +515,7 @@ def show_experts(looks: list[Look], config, tokenizer, args) -> None:
         print_text(x, config, rows)
     print_tables(looks, config, tokenizer, rows)
     if args.html:
-        write_page(args.html, looks, config, rows[0])
+        write_page(args.html, make_page(looks, config, rows[0]))
 
 
 def respond(model, tokenizer, args, generator, prompt: str) -> None:
