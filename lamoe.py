@@ -783,6 +783,7 @@ class Output(NamedTuple):
     load: Tensor  # (MoE layers, E): share of choices an expert got before capacity; rows sum to 1
     dropped: Tensor  # share of choices lost to capacity
     experts: Tensor | None  # (MoE layers, B, T, A), if asked
+    expert_weights: Tensor | None  # the same shape: what each counts, if asked
 
 
 class LaMoE(nn.Module):
@@ -859,15 +860,18 @@ class LaMoE(nn.Module):
                 routings.append(routing)
         logits_BTV, loss = self.predict(x_BTD, targets_BT)
         zero = torch.zeros((), device=ids_BT.device)
-        experts = [r.experts_NA.view(*ids_BT.shape, -1) for r in routings]
         loads = [r.load_E for r in routings]
+        asked = routings if return_experts else []
+        experts = [r.experts_NA.view(*ids_BT.shape, -1) for r in asked]
+        weights = [r.weights_NA.view(*ids_BT.shape, -1) for r in asked]
         return Output(
             logits=logits_BTV,
             loss=loss,
             aux=sum((r.loss for r in routings), zero),
             load=torch.stack(loads) if loads else zero.new_zeros(0, c.n_experts),
             dropped=sum((r.dropped for r in routings), zero) / max(1, len(routings)),
-            experts=torch.stack(experts) if return_experts and experts else None,
+            experts=torch.stack(experts) if experts else None,
+            expert_weights=torch.stack(weights) if weights else None,
         )
 
     def predict(self, x_BTD: Tensor, targets_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:

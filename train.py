@@ -190,14 +190,14 @@ def document_starts(tokens: np.ndarray, eot: int, block: int = 1 << 22) -> array
 class Batches:
     """Windows in a seeded order without replacement; batch i is a function of i alone."""
 
-    def __init__(self, tokens: np.ndarray, eot: int, length: int, size: int, seed: int, ranks=RANKS):
+    def __init__(self, tokens: np.ndarray, eot: int, length: int, size: int, seed: int):
         self.tokens, self.length, self.size, self.seed = tokens, length, size, seed
-        if size % ranks.world:
+        if size % RANKS.world:
             raise ValueError(
-                f"batch_size={size} is not divisible by {ranks.world} processes; try "
-                f"--batch_size {max(1, round(size / ranks.world)) * ranks.world}"
+                f"batch_size={size} is not divisible by {RANKS.world} processes; try "
+                f"--batch_size {max(1, round(size / RANKS.world)) * RANKS.world}"
             )
-        self.rows = range(ranks.rank, size, ranks.world)  # those of this process
+        self.rows = range(RANKS.rank, size, RANKS.world)  # those of this process
         last = len(tokens) - 1 - length  # the text's last window moves back to be full
         self.starts = np.unique(np.minimum(windows(tokens, eot, length)[:, 0], last))
         self.epoch, self.order = -1, None

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -148,6 +149,31 @@ def test_the_stop_text_is_cut_and_its_beginnings_are_held_back(text, stop):
     assert "".join(pieces) == f"> {printed}\n"  # nothing printed is ever taken back
 
 
+def cut_at_first_stop(text, stops):
+    """The text before the stop text that is complete first; of two that end together the longer."""
+    for end in range(len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)]
+    return text
+
+
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=6),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_the_first_of_several_stop_texts_cuts_however_the_tokens_fall(parts, stops):
+    tokenizer = SimpleNamespace(eot=-1, decode_bytes=lambda ids: parts[ids[0]].encode())
+    text = sample.Continuation(tokenizer, stops)
+    pieces = [text.add(i) for i in range(len(parts))] + [text.finish()]
+    assert "".join(pieces) == text.text == cut_at_first_stop("".join(parts), stops)
+
+
+def test_several_stop_texts_on_the_command_line():
+    assert stream("one. two! three", "--stop", "!", "--stop", ".")[1] == "one"
+    assert stream("one! two. three", "--stop", "!", "--stop", ".")[1] == "one"
+
+
 def test_a_stop_text_with_accents_across_tokens():
     assert stream("un été à la mer", "--stop", "té à")[1] == "un é"
 
@@ -181,6 +207,38 @@ def test_n_continuations_are_numbered_and_begin_with_the_prompt(capsys):
     assert len(set(block[6:] for block in blocks)) == 3
 
 
+def test_n_continuations_are_one_batch(capsys):
+    generate = lamoe.LaMoE.generate
+    with mock.patch.object(lamoe.LaMoE, "generate", autospec=True, side_effect=generate) as spy:
+        run(capsys, "Hello", "--model", "model.pt", "-n", 3, "--max_new_tokens", 4)
+    ((_, ids_BT, *_), _), *others = spy.call_args_list
+    assert ids_BT.tolist() == [[BYTES.eot, *b"Hello"]] * 3 and not others
+
+
+def batch(*texts, flags=()):
+    """What is printed if row k of the batch says texts[k], a byte a time."""
+
+    def generate(ids_BT, max_new_tokens, *args):
+        for column in zip_longest(*(t.encode() for t in texts), fillvalue=BYTES.eot):
+            yield torch.tensor(column)
+        raise AssertionError("asked for more after all had ended")
+
+    model = SimpleNamespace(config=SimpleNamespace(seq_len=999), generate=generate)
+    with (
+        mock.patch.object(lamoe, "load", lambda *args: (model, BYTES)),
+        mock.patch.object(sys, "stdout", Writes()) as out,
+        mock.patch.object(sys, "stderr", io.StringIO()) as err,
+    ):
+        assert call(sample, "> ", "--model", "x", "-n", len(texts), *flags) == 0
+    return out.getvalue(), err.getvalue()
+
+
+def test_each_of_n_continuations_ends_by_itself():
+    printed, speed = batch("é 1. more\x7f", "a longer one.\x7f", flags=["--stop", "."])
+    assert printed == "--- 1 of 2\n> é 1\n--- 2 of 2\n> a longer one\n"
+    assert speed.startswith(f"[{len('é 1.'.encode()) + len('a longer one.')} tokens, ")
+
+
 def test_the_speed_goes_to_stderr_and_only_text_to_stdout(capsys):
     assert call(sample, "Hello", "--model", "model.pt", "--max_new_tokens", 5) == 0
     printed = capsys.readouterr()
@@ -199,6 +257,22 @@ def test_text_the_terminal_cannot_show_does_not_stop_the_program():
         assert call(sample, "> ", "--model", "x") == 0
         ascii_only.flush()
         assert ascii_only.buffer.getvalue().decode().strip() == "> a??b"
+
+
+def interrupted(*args):
+    """A model that says "ab" to every prompt, until somebody presses Ctrl-C."""
+    n_rows = len(args[1])
+    yield torch.tensor([97] * n_rows)
+    yield torch.tensor([98] * n_rows)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("n, shown", [(1, "Helloab\n"), (2, "--- 1 of 2\nHelloab\n--- 2 of 2\n")])
+def test_ctrl_c_loses_nothing_that_was_drawn(n, shown, capsys):
+    with mock.patch.object(lamoe.LaMoE, "generate", interrupted):
+        assert call(sample, "Hello", "--model", "model.pt", "-n", n) == 130
+    printed = capsys.readouterr()
+    assert printed.out.startswith(shown) and printed.err == ""
 
 
 def test_ctrl_c_ends_without_a_traceback(capsys):
@@ -237,6 +311,50 @@ def test_a_prompt_that_is_too_long_is_said_and_the_conversation_goes_on(capsys, 
     assert "the prompt has 100 tokens" in printed.out + printed.err
     assert "shorten it to 62" in printed.out + printed.err
     assert "Model: short" in printed.out
+
+
+def test_ctrl_c_in_an_answer_ends_the_answer_and_the_conversation_goes_on(capsys, monkeypatch):
+    with mock.patch.object(lamoe.LaMoE, "generate", interrupted):
+        printed = converse(capsys, monkeypatch, "one\ntwo\nexit\n").out
+    assert printed.count("[stopped]") == 2 and printed.count("User: ") == 3
+    assert "Model: oneab\n[stopped]\n" in printed and "Model: twoab\n[stopped]\n" in printed
+
+
+def test_ctrl_c_at_the_prompt_ends_the_conversation(capsys):
+    with mock.patch("builtins.input", side_effect=KeyboardInterrupt):
+        assert call(sample, "--model", "model.pt") == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_failure_in_an_answer_is_said_and_the_conversation_goes_on(capsys, monkeypatch):
+    with mock.patch.object(lamoe.LaMoE, "generate", side_effect=RuntimeError("out of memory\n!")):
+        printed = converse(capsys, monkeypatch, "one\ntwo\nexit\n").out
+    assert printed.count("[out of memory]\n") == 2 and printed.count("User: ") == 3
+
+
+def test_bytes_that_are_no_text_do_not_end_the_conversation(capsys, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nagain\nexit\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert call(sample, "--model", "model.pt", "--max_new_tokens", 5) == 0
+    assert "Model: again" in capsys.readouterr().out
+
+
+def test_a_conversation_repeats_with_its_seed(capsys, monkeypatch):
+    def talk(seed):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("one\none\nexit\n"))
+        return run(capsys, "--model", "model.pt", "--max_new_tokens", 20, "--seed", seed)
+
+    first = talk(1)
+    assert first == talk(1) != talk(2)
+    _, one, other = first.split("User: ")[:3]
+    assert one != other
+
+
+def test_a_prompt_that_begins_with_a_dash_goes_after_two(capsys):
+    flags = ["--model", "model.pt", "--max_new_tokens", 3]
+    for prompt in ("-hello", "--top_p", "-"):
+        assert run(capsys, *flags, "--", prompt).startswith(prompt)
+    assert run(capsys, "- an item", *flags).startswith("- an item")
 
 
 def test_an_empty_line_is_an_empty_prompt(capsys, monkeypatch):
