@@ -897,7 +897,12 @@ def clip(parameters, most: float) -> torch.Tensor:
 
 def whole(state):
     """A state dict with every shard made whole: the same file whatever the number of ranks."""
-    return tree_map(lambda x: x.full_tensor() if is_shard(x) else x, state)
+
+    def gather(x):  # one at a time, and kept by rank 0 alone: all together may not fit a GPU
+        full = x.full_tensor()
+        return full.cpu() if RANKS.rank == 0 else None
+
+    return tree_map(lambda x: gather(x) if is_shard(x) else x, state)
 
 
 def same_on_all(choose):

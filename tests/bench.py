@@ -1,8 +1,8 @@
 """How fast LaMoE is on this machine, as ratios to what the machine and other code can do.
 
     python tests/bench.py                      all tables; minutes on one GPU
-    python tests/bench.py train layer          some of them: train, layer, generate, peers
-    torchrun --nproc_per_node N tests/bench.py scaling
+    python tests/bench.py train layer          some of: train, routers, layer, generate, peers
+    torchrun --nproc_per_node N tests/bench.py scaling largest
 
 Each figure is the median of several, after a warm-up. Compile times are shown and not counted.
 Model FLOPs utilization (MFU) is 6 x active matrix parameters + causal attention, times tokens/s,
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import lamoe
@@ -77,9 +78,9 @@ def ceilings() -> tuple[float, float]:
     return product, 2 * x.numel() * 4 / seconds(lambda: y.copy_(x))
 
 
-def make(**changes) -> lamoe.LaMoE:
+def make(device=DEVICE, **changes) -> lamoe.LaMoE:
     torch.manual_seed(0)
-    with torch.device(DEVICE):
+    with torch.device(device):
         return lamoe.LaMoE(lamoe.Config(**{**SHAPE, **changes}))
 
 
@@ -119,6 +120,24 @@ def bench_train(peak: float, batch: int = 32 if GPU else 8) -> None:
             flush=True,
         )
         del model, step
+
+
+def bench_routers(batch: int = 32 if GPU else 8) -> None:
+    print(f"\nStep time of each router over topk's, 8 experts, batch {batch} x {SHAPE['seq_len']}")
+    models, steps = {}, {}
+    clean()
+    for router in ("topk", "noisy", "deepseek", "topk k=1", "switch"):
+        name, *k1 = router.split()
+        k = {"top_k": 1, "hidden_dim": 2 * F} if k1 or name == "switch" else {"hidden_dim": F}
+        models[router] = make(router=name, n_layers=3, **k)
+        if GPU:
+            models[router].compile()
+        steps[router] = stepper(models[router], models[router], batch)
+    rounds = [{name: seconds(step, 1, 3) for name, step in steps.items()} for _ in range(7)]
+    for router in steps:
+        twin = "topk k=1" if router == "switch" else "topk"
+        ratios = sorted(times[router] / times[twin] for times in rounds)
+        print(f"{router:10} {ratios[len(ratios) // 2]:.2f} of {twin}", flush=True)
 
 
 def bench_layer(peak: float) -> None:
@@ -209,14 +228,109 @@ def bench_generate(bandwidth: float) -> None:
             del model, tokens
 
 
+def several(wanted: list[str]) -> None:
+    if GPU:
+        torch.cuda.set_device(train.RANKS.rank)
+    if "scaling" in wanted:
+        bench_scaling()
+    join()
+    if "largest" in wanted:
+        bench_largest()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def join() -> None:
+    if not dist.is_initialized():
+        train.join(DEVICE)
+
+
+def bench_scaling() -> None:
+    """Under torchrun: each model on one GPU first, then on all, the same batch a GPU or in all."""
+    n, batch = train.RANKS.world, 32 if GPU else 8
+    models = [name for name in MODELS if name != "dense"]
+    alone = {}
+    for name in models:  # before the ranks meet: nothing is exchanged
+        clean()
+        model = make(**MODELS[name])
+        if GPU:
+            model.compile()
+        alone[name] = batch * SHAPE["seq_len"] / seconds(stepper(model, model, batch))
+        del model
+    join()
+    train.say(
+        f"\n{n} x {torch.cuda.get_device_name() if GPU else 'CPU'}, torch {torch.__version__}"
+    )
+    train.say(
+        "model                way   batch a GPU   tokens/s  efficiency  memory  communication"
+    )
+    for name in models:
+        train.say(f"{name:20} alone {batch:11} {alone[name]:10,.0f}")
+        for fsdp in (False, True):
+            for size in (batch, batch // n):
+                clean()
+                rate, share = scaled(name, fsdp, size)
+                train.say(
+                    f"{name:20} {'FSDP2' if fsdp else 'DDP':5} {size:11} {rate:10,.0f} "
+                    f"{rate / n / alone[name]:10.2f} {peak_gib():7.1f}G {share:10.1%}"
+                )
+
+
+def bench_largest() -> None:
+    """Under torchrun: a model that FSDP2 trains on these GPUs and that one of them can't hold."""
+    shape = {"dim": 1024, "n_layers": 24, "n_heads": 16, "n_kv_heads": 8, "hidden_dim": 1408}
+    shape |= {"n_experts": 32 * train.RANKS.world} if GPU else {"dim": 128, "n_heads": 2, "n_kv_heads": 2}
+    settings = train.TrainConfig(device=DEVICE, dtype=SETTINGS.dtype, fsdp=True)
+    clean()
+    model = make("meta", **shape)
+    total, active = lamoe.count_parameters(model)["all"]
+    model.to = lambda device: model.to_empty(device=device)
+    parallel, c = train.spread(model, settings), model.config
+    with torch.no_grad():
+        model.cos, model.sin = (t.to(DEVICE) for t in lamoe.rope_table(64, c.seq_len, c.rope_theta))
+        for weight in model.parameters():
+            weight.normal_(std=0.02) if weight.dim() > 1 else weight.fill_(1.0)
+    step = stepper(model, parallel, 4)
+    rate = 4 * c.seq_len * train.RANKS.world / seconds(step, 3, 1)
+    train.say(
+        f"largest: {total / 1e9:.2f}B parameters, {active / 1e9:.2f}B active, batch 4 a GPU: "
+        f"{rate:,.0f} tokens/s, {peak_gib():.0f} GiB a GPU; with gradients and moments it takes "
+        f"{16 * total / 2**30:.0f} GiB in all"
+    )
+
+
+def scaled(name: str, fsdp: bool, size: int) -> tuple[float, float]:
+    """(tokens/s of all ranks, time in NCCL kernels over the time of a step, overlapped or not)."""
+    model = make("cpu" if fsdp else DEVICE, **MODELS[name])
+    settings = train.TrainConfig(device=DEVICE, dtype=SETTINGS.dtype, fsdp=fsdp)
+    parallel = train.spread(model, settings)
+    if GPU:
+        model.compile()
+    step = stepper(model, parallel, size)
+    took = seconds(step)
+    activities = [
+        torch.profiler.ProfilerActivity.CUDA if GPU else torch.profiler.ProfilerActivity.CPU
+    ]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        wait()
+    kernels = [e for e in profile.key_averages() if "ncclDevKernel" in e.key]
+    talking = sum(e.self_device_time_total for e in kernels) / 1e6
+    return size * SHAPE["seq_len"] * train.RANKS.world / took, talking / took
+
+
 def main() -> None:
-    wanted = sys.argv[1:] or ["train", "layer", "generate", "peers"]
+    wanted = sys.argv[1:] or ["train", "routers", "layer", "generate", "peers"]
+    if "scaling" in wanted or "largest" in wanted:
+        return several(wanted)
     where = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
     peak, bandwidth = ceilings()
     print(f"{where}, torch {torch.__version__}")
     print(f"matrix product {peak / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s", flush=True)
     if "train" in wanted:
         bench_train(peak)
+    if "routers" in wanted:
+        bench_routers()
     if "layer" in wanted:
         bench_layer(peak)
     if "generate" in wanted:
