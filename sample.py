@@ -293,7 +293,8 @@ def print_tables(looks: list[Look], config, tokenizer, rows: list[int]) -> None:
         summary.append(f"{layer:10}{entropy(firsts):8.2f}")
         shuffled = chance.sample(firsts, len(firsts))
         for labels in known.values():
-            bits, by_chance = (mutual_information(es, labels) for es in (firsts, shuffled))
+            told = (mutual_information(es, labels) for es in (firsts, shuffled))
+            bits, by_chance = (round(bits, 2) + 0.0 for bits in told)  # + 0.0: no "-0.00"
             summary[-1] += f"{bits:9.2f} ({by_chance:5.2f})"
     print("\nbits of the first expert: all, and those told by (in brackets: the same, shuffled)")
     print(f"{'all':>18}" + "".join(f"{name:>17}" for name in known), *summary, sep="\n")

@@ -199,6 +199,14 @@ def test_a_full_context_in_mid_character_is_said_last():
     assert printed == "abcd [the context of 9 tokens is full]"
 
 
+def test_a_text_that_ends_just_as_the_context_is_full_is_whole():
+    assert stream("abcdef", seq_len=10)[1] == "abcdef"  # <|endoftext|>, "> ", six bytes, the end
+
+
+def test_an_empty_prompt_is_a_prompt(capsys):
+    assert "User:" not in run(capsys, "", "--model", "model.pt", "--max_new_tokens", 3)
+
+
 def test_n_continuations_are_numbered_and_begin_with_the_prompt(capsys):
     text = run(capsys, "Hello", "--model", "model.pt", "-n", 3, "--seed", 1, "--max_new_tokens", 9)
     blocks = text.split("--- ")[1:]

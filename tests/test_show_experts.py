@@ -38,12 +38,11 @@ def save(path, model):
     lamoe.save(path, {"config": config, "model": state, "tokenizer": BYTES.state()})
 
 
-def look_at(ids, experts, weights=None, source="text"):
-    """A Look of one layer in which token t goes to experts[t] first."""
-    experts_LTA = torch.tensor(experts).view(1, len(ids), -1)
-    weights_LTA = torch.ones(experts_LTA.shape) if weights is None else torch.tensor(weights)
+def look_at(ids, experts, source="text"):
+    """A Look of one layer in which token t goes to experts[t] first, and to its follower next."""
+    experts_LTA = torch.tensor([[e, e + 1] for e in experts])[None]
     pieces = [BYTES.decode([i]) for i in ids]
-    return sample.Look(source, ids, pieces, experts_LTA, weights_LTA.view(experts_LTA.shape))
+    return sample.Look(source, ids, pieces, experts_LTA, torch.full(experts_LTA.shape, 0.5))
 
 
 @pytest.fixture
@@ -238,7 +237,7 @@ def test_of_many_experts_the_busiest_are_listed(capsys):
 def test_layers_have_the_numbers_of_the_model(workplace, capsys):
     """Layer 0 of this model is dense: its experts begin with layer 1."""
     text = run(capsys, "--text", "book.txt")
-    assert re.findall(r"^layer (\d):", text, re.M) == ["1", "2"]
+    assert re.findall(r"^layer +(\d)", text, re.M) == ["1", "2"] * 3  # text, tables, bits
     assert re.findall(r"^layer (\d): ", run(capsys, "--text", "book.txt", "--layer", 2), re.M) == [
         "2"
     ]
@@ -342,6 +341,11 @@ def test_a_terminal_without_unicode_shows_what_it_can(workplace):
         assert call(sample, "--model", "model.pt", "--text", "book.txt") == 0
         ascii_only.flush()
         assert b"?t? ?? ?" in ascii_only.buffer.getvalue()
+
+
+def test_the_first_expert_is_the_one_shown(capsys):
+    sample.print_text(look_at([*b"abc"], [2, 0, 1]), small_config(n_experts=4), [0])
+    assert "\nabc\n201\n" in capsys.readouterr().out
 
 
 def test_what_is_generated_is_shown(workplace, capsys):
