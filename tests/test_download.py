@@ -307,6 +307,12 @@ def test_a_size_that_is_none_is_one_line(flags, server, capsys):
     assert message.count("\n") == 1 and "500MB" in message or "--limit" in message
 
 
+def test_without_a_name_the_sets_are_listed(capsys):
+    datasets.main([])
+    listed = capsys.readouterr().out
+    assert all(f"datasets.py {name} " in listed for name in download.SETS)
+
+
 def test_every_set_has_an_address_a_page_and_a_name_of_its_own():
     for name, source in download.SETS.items():
         assert source.url.startswith("https://") and source.page.startswith("https://")
