@@ -1,9 +1,10 @@
 """Train LaMoE: text -> tokens -> windows -> a plain loop -> log.csv, last.pt, best.pt, loss.png.
 
     python train.py                              the embedded corpus, minutes on a laptop
-    python train.py --data book.txt              your own text: a file, or a folder of .txt
+    python train.py --data book.txt              your own text: a file, a folder, a zip, or A,B,C
     python train.py --resume                     go on where the newest run stopped
     python train.py --device cuda
+    python train.py --plot runs/A runs/B         runs in one picture
 
 Notable features
 - every field of TrainConfig and of lamoe.Config is a flag; nothing is named twice
