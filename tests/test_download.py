@@ -39,7 +39,7 @@ class Server(BaseHTTPRequestHandler):
         if "status" in faults:
             return self.answer(faults["status"], b"no")
         if "html" in faults:
-            return self.answer(200, b"<!DOCTYPE html><html>Log in", Content_Type=faults["html"])
+            return self.answer(200, faults["body"], Content_Type=faults["html"])
         etag = faults.get("etag", '"one"')
         headers = {"ETag": etag} if etag else {}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -188,10 +188,13 @@ def test_a_refusal_names_page_and_folder(status, words, server, capsys):
     refused(capsys, "500", *BY_HAND)
 
 
-@pytest.mark.parametrize("kind", ["text/html; charset=utf-8", "application/zip"])
-def test_a_login_page_is_not_taken_for_the_file(kind, server, capsys):
+@pytest.mark.parametrize(
+    "kind, body",
+    [("text/html; charset=utf-8", b"Please log in"), ("application/zip", b"\n<!doctype HTML>")],
+)
+def test_a_login_page_is_not_taken_for_the_file(kind, body, server, capsys):
     server.offer(b"", "it.zip")
-    server.faults["html"] = kind
+    server.faults |= {"html": kind, "body": body}
     refused(capsys, "web page", *BY_HAND)
     assert not list(FOLDER.glob("*.zip*"))
 
