@@ -42,6 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import bpe
 import lamoe
 from bpe import Tokenizer
 from data import datasets
@@ -528,7 +529,7 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) ->
             f"start a new run with another --out"
         )
     tokenizer = Tokenizer.from_state(saved["tokenizer"]) if saved else None
-    tokenizer = tokenizer or make_tokenizer(settings, known, corpus.train)
+    tokenizer = tokenizer or make_tokenizer(settings, known, corpus)
     name = hashlib.sha256(json.dumps(tokenizer.state()).encode()).hexdigest()[:12]
     train_ids, val_ids = (
         encode(side, tokenizer, datasets.CACHE / f"{corpus.key}-{name}-{of}.ids", say_in_place)
@@ -557,14 +558,22 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) ->
 SAMPLE = 100_000_000  # bytes: a tokenizer learns nothing new from more
 
 
-def make_tokenizer(settings: TrainConfig, known: dict, documents) -> Tokenizer:
+def make_tokenizer(settings: TrainConfig, known: dict, corpus) -> Tokenizer:
+    """Learned from the training text, or remembered from an earlier run on it."""
     if settings.tokenizer == "bytes":
         return Tokenizer([])
-    every = math.ceil(documents.n_bytes / SAMPLE)
+    code = hashlib.sha256(Path(bpe.__file__).read_bytes()).hexdigest()[:8]  # an edit: learn anew
+    path = datasets.CACHE / f"{corpus.key}-{known['vocab_size']}-{code}.json"
+    if path.exists():
+        return Tokenizer.load(path)
+    every = math.ceil(corpus.train.n_bytes / SAMPLE)
     if every > 1:
         say(f"tokenizer  learns from every {every}th document, of {SAMPLE / 1e6:.0f} MB in all")
-    sample = itertools.islice(documents, 0, None, every)
-    return Tokenizer.train(sample, known["vocab_size"], say_in_place)
+    sample = itertools.islice(corpus.train, 0, None, every)
+    tokenizer = Tokenizer.train(sample, known["vocab_size"], say_in_place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    return tokenizer
 
 
 def source_of_byte(val_ids: np.ndarray, tokenizer: Tokenizer, corpus) -> np.ndarray:
