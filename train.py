@@ -1,9 +1,10 @@
 """Train LaMoE: text -> tokens -> windows -> a plain loop -> log.csv, last.pt, best.pt, loss.png.
 
     python train.py                              the embedded corpus, minutes on a laptop
-    python train.py --data book.txt              your own text: a file, or a folder of .txt
+    python train.py --data book.txt              your own text: a file, a folder, a zip, or A,B,C
     python train.py --resume                     go on where the newest run stopped
     python train.py --device cuda
+    python train.py --plot runs/A runs/B         runs in one picture
 
 Notable features
 - every field of TrainConfig and of lamoe.Config is a flag; nothing is named twice
@@ -45,6 +46,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
+import bpe
 import lamoe
 from bpe import Tokenizer
 from data import datasets
@@ -609,7 +611,7 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) ->
             f"start a new run with another --out"
         )
     tokenizer = Tokenizer.from_state(saved["tokenizer"]) if saved else None
-    tokenizer = tokenizer or make_tokenizer(settings, known, corpus.train)
+    tokenizer = tokenizer or make_tokenizer(settings, known, corpus)
     name = hashlib.sha256(json.dumps(tokenizer.state()).encode()).hexdigest()[:12]
     train_ids, val_ids = (
         encode(side, tokenizer, datasets.CACHE / f"{corpus.key}-{name}-{of}.ids", say_in_place)
@@ -638,14 +640,22 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) ->
 SAMPLE = 100_000_000  # bytes: a tokenizer learns nothing new from more
 
 
-def make_tokenizer(settings: TrainConfig, known: dict, documents) -> Tokenizer:
+def make_tokenizer(settings: TrainConfig, known: dict, corpus) -> Tokenizer:
+    """Learned from the training text, or remembered from an earlier run on it."""
     if settings.tokenizer == "bytes":
         return Tokenizer([])
-    every = math.ceil(documents.n_bytes / SAMPLE)
+    code = hashlib.sha256(Path(bpe.__file__).read_bytes()).hexdigest()[:8]  # an edit: learn anew
+    path = datasets.CACHE / f"{corpus.key}-{known['vocab_size']}-{code}.json"
+    if path.exists():
+        return Tokenizer.load(path)
+    every = math.ceil(corpus.train.n_bytes / SAMPLE)
     if every > 1:
         say(f"tokenizer  learns from every {every}th document, of {SAMPLE / 1e6:.0f} MB in all")
-    sample = itertools.islice(documents, 0, None, every)
-    return Tokenizer.train(sample, known["vocab_size"], say_in_place)
+    sample = itertools.islice(corpus.train, 0, None, every)
+    tokenizer = Tokenizer.train(sample, known["vocab_size"], say_in_place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    return tokenizer
 
 
 def source_of_byte(val_ids: np.ndarray, tokenizer: Tokenizer, corpus) -> np.ndarray:

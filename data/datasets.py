@@ -318,10 +318,14 @@ def read_own(path: Path) -> Documents:
 
 def main(arguments=None) -> None:
     parser = stories.OneLineParser(description="Fetches a public data set.")
-    parser.add_argument("name", metavar="NAME", choices=sorted(download.SETS))
+    parser.add_argument("name", nargs="?", metavar="NAME", choices=sorted(download.SETS))
     parser.add_argument("--limit", metavar="SIZE", type=download.size, help="500MB, 2GB, ...")
     try:
         asked = parser.parse_args(arguments)
+        if not asked.name:
+            for name, source in download.SETS.items():
+                print(f"python data/datasets.py {name:16} # {source.page}")
+            return
         path = download.fetch(asked.name, SETS / asked.name, asked.limit)
         print(f"{path} ({path.stat().st_size / 1e6:,.1f} MB)")
         print(f"next: python train.py --data {asked.name}")

@@ -187,7 +187,8 @@ def lines(blocks, name: str):
 
 separator_line = re.compile(rf"^[^\S\n]*{re.escape(SEPARATOR)}[^\S\n]*(?:\n|\Z)", re.M)
 # Where bpe.py may be given a text in two parts: after a line break before a non-space, and before
-# a space after a non-space; here not before a separator, which would then look like a line.
+# a space after a non-space; here not before what is or may become a separator, which would then
+# stand on a line of its own.
 find_cut = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= (?!\s*(?:<\||<?\Z)))")
 
 
@@ -206,10 +207,9 @@ def split_documents(blocks):
             if inside or document.strip():
                 yield document, True
             inside, separated = False, True
-        last_line, text = text[known:], rest + text[known:]
+        text = rest + text[known:]
         text = text if inside else text.lstrip("\n")
-        may_separate = last_line and SEPARATOR.startswith(last_line.strip())
-        while len(text) > PIECE and block is not None and not may_separate:
+        while len(text) > PIECE and block is not None:
             cut = find_cut.search(text, PIECE)
             if not cut and len(text) < 16 * PIECE:
                 break

@@ -214,6 +214,29 @@ def test_of_a_long_text_only_so_much_of_the_end_is_scored(monkeypatch):
     assert (len(*corpus.train), len(*corpus.val)) == (950, 50) and "last 5%" in corpus.how
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 9))
+def test_a_document_in_pieces_is_cut_at_the_same_character(lengths, n_documents):
+    """Also where a piece ends: the document then ends there too."""
+    text = "".join(str(i % 10) for i in range(sum(lengths)))
+
+    def pieces(note=None):
+        for document in range(n_documents):
+            left = text
+            for i, length in enumerate(lengths):
+                yield "", chr(97 + document) + left[1:length], i == len(lengths) - 1
+                left = left[length:]
+
+    corpus = datasets.split("a", pieces, datasets.scan(pieces))
+    whole = "".join(text for _, text, _ in pieces())
+    if "% of" not in corpus.how:
+        return
+    assert "".join(corpus.train) == whole[: int(0.9 * len(whole))]
+    assert "".join(corpus.val) == whole[int(0.9 * len(whole)) :]
+    for side in (corpus.train, corpus.val):
+        assert sum(ends for _, ends in side.pieces()) == len(side)
+        assert all(ends for _, ends in list(side.pieces())[-1:])
+
+
 def test_each_source_of_a_mixture_is_on_both_sides():
     """A source of one long document is cut; one of many is split by their hashes."""
     documents = [f"poem {i}" for i in range(100)] + ["a novel " * 100]

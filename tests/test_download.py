@@ -39,7 +39,7 @@ class Server(BaseHTTPRequestHandler):
         if "status" in faults:
             return self.answer(faults["status"], b"no")
         if "html" in faults:
-            return self.answer(200, b"<!DOCTYPE html><html>Log in", Content_Type=faults["html"])
+            return self.answer(200, faults["body"], Content_Type=faults["html"])
         etag = faults.get("etag", '"one"')
         headers = {"ETag": etag} if etag else {}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -188,10 +188,13 @@ def test_a_refusal_names_page_and_folder(status, words, server, capsys):
     refused(capsys, "500", *BY_HAND)
 
 
-@pytest.mark.parametrize("kind", ["text/html; charset=utf-8", "application/zip"])
-def test_a_login_page_is_not_taken_for_the_file(kind, server, capsys):
+@pytest.mark.parametrize(
+    "kind, body",
+    [("text/html; charset=utf-8", b"Please log in"), ("application/zip", b"\n<!doctype HTML>")],
+)
+def test_a_login_page_is_not_taken_for_the_file(kind, body, server, capsys):
     server.offer(b"", "it.zip")
-    server.faults["html"] = kind
+    server.faults |= {"html": kind, "body": body}
     refused(capsys, "web page", *BY_HAND)
     assert not list(FOLDER.glob("*.zip*"))
 
@@ -305,6 +308,12 @@ def test_a_size_that_is_none_is_one_line(flags, server, capsys):
     assert fetch(*flags) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "500MB" in message or "--limit" in message
+
+
+def test_without_a_name_the_sets_are_listed(capsys):
+    datasets.main([])
+    listed = capsys.readouterr().out
+    assert all(f"datasets.py {name} " in listed for name in download.SETS)
 
 
 def test_every_set_has_an_address_a_page_and_a_name_of_its_own():

@@ -144,6 +144,10 @@ def test_a_large_text_teaches_the_tokenizer_by_a_part_of_it_and_says_so(monkeypa
         lambda documents, *rest: real(learned.append(list(documents)) or learned[0], *rest),
     )
     assert start("run", "--steps 1 --tokenizer bpe --vocab_size 280", data="mixed") == 0
+    assert start("again", "--steps 1 --tokenizer bpe --vocab_size 280", data="mixed") == 0
+    assert len(learned) == 1, "the second run remembers the tokenizer"
+    assert start("other", "--steps 1 --tokenizer bpe --vocab_size 290", data="mixed") == 0
+    assert len(learned) == 2
     n = sum(len(text.encode()) for text in learned[0])
     assert 300 < n < 700 and "every" in capsys.readouterr().out
 

@@ -21,6 +21,7 @@ import lamoe
 import sample
 import train
 from bpe import Tokenizer
+from data import datasets
 
 ROOT = Path(train.__file__).parent
 PROGRAMS = {"train.py": train, "sample.py": sample}
@@ -51,6 +52,15 @@ TABLE = {
     "train.py --data latin.txt": ["latin.txt", "not UTF-8", "byte 3 is 0xe9", "iconv"],
     "train.py --data shelf": ["shelf", "no .txt", "put text there"],
     "train.py --data mixed": ["bad.txt", "not UTF-8", "byte 3 is 0xe9", "iconv"],
+    "train.py --data wide.txt": ["wide.txt", "UTF-16", "iconv -f utf-16"],
+    "train.py --data damaged.zip": ["damaged.zip", "no whole zip", "fetch it again"],
+    "train.py --data table.csv --text_column body": ["table.csv", "'body'", "id, text"],
+    "train.py --data lines.jsonl": ["lines.jsonl", "line 2", "JSON"],
+    "train.py --data wiki": ["wiki", "not here yet", "python data/datasets.py wiki"],
+    "train.py --data book.txt,nowhere": ["nowhere", "no such", "--data stories"],
+    "train.py --data stories,book.txt": ["stories", "alone", "--data stories"],
+    f"{BOOK} --track wandb": ["track='wandb'", "mlflow"],
+    "train.py --plot nowhere": ["matplotlib", "pip install"],
     f"{BOOK} --seq_len 5000": ["book.txt", "too short", "5000", "--seq_len"],
     # -- the model
     f"{BOOK} --dim 18 --n_heads 4": ["dim=18", "n_heads=4", "try dim=16"],
@@ -214,6 +224,10 @@ def make_texts():
         "binary.txt": b"text\0text" * 100,
         "image.png": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
         "latin.txt": latin * 100,
+        "wide.txt": ("some text " * 100).encode("utf-16"),
+        "damaged.zip": b"PK\3\4" + bytes(100),
+        "table.csv": b"id,text\n1,x\n",
+        "lines.jsonl": b'{"text": "x"}\nnot json\n',
         "shelf/picture.jpg": b"not a text",
         "mixed/bad.txt": latin * 100,
         "mixed/good.txt": b"good " * 100,
@@ -242,6 +256,7 @@ def folder(tmp_path_factory):
 def workplace(folder, monkeypatch):
     """The folder, for ten seconds at most: --seq_len 0 once made windows without end."""
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(datasets, "SETS", folder / "sets")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     if os.name != "posix":
         yield

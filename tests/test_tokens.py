@@ -3,7 +3,6 @@
 import itertools
 import multiprocessing
 import os
-import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,6 +114,8 @@ def test_document_starts_do_not_depend_on_blocks_nor_on_where_the_ids_are(ids, b
 
 def _peak_of_a_long_text(path, out):
     """Peak memory of making the table and the ids of a text, beyond what the program takes."""
+    import resource
+
     datasets.CACHE = Path(path).parent / "cache2"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     side = datasets.read(path).train
