@@ -1259,6 +1259,26 @@ def read_json(path: Path) -> dict:
     return content
 
 
+class NoInit(torch.overrides.TorchFunctionMode):
+    """Inside, weights get no first values: those about to be read would only lose time on them."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return args[0] if function is Tensor.zero_ else function(*args, **(kwargs or {}))
+
+
+def reserve(c: Config, device: str, dtype: torch.dtype) -> LaMoE:
+    """A model whose weights have no values yet."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device), NoInit():
+            return LaMoE(c)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def load_hf(folder: str | os.PathLike, device: str, dtype: torch.dtype | None):
     """`load` for a Hugging Face folder: weights stream in, without a second copy in memory."""
     import bpe
@@ -1271,33 +1291,38 @@ def load_hf(folder: str | os.PathLike, device: str, dtype: torch.dtype | None):
                 f"transformers.models.llama.convert_llama_weights_to_hf --input_dir {folder} "
                 f"--output_dir NEW_FOLDER"
             )
-        raise ValueError(f"{folder} holds no config.json; name a checkpoint or a model's folder")
+        raise ValueError(
+            f"{folder} is not a readable checkpoint, nor a Hugging Face folder: it has no "
+            f"config.json; name a .pt file, such as {folder}/best.pt"
+        )
     theirs, stored = read_json(folder / "config.json"), find_tensors(folder)
+    embedding = stored.get("model.embed_tokens.weight")
+    if dtype is None:
+        is_bf16 = embedding and embedding.dtype == torch.bfloat16
+        dtype = torch.bfloat16 if is_bf16 else torch.float32
     try:
         c = from_hf_config(theirs)
         if c.n_layers * c.n_experts > len(stored):  # before a loop over a promised billion
             raise ValueError(f"{c.n_layers} layers of {c.n_experts} experts are not in its files")
-        with torch.device("meta"):  # shapes without memory
-            model = LaMoE(c)
+        q_proj = stored.get("model.layers.0.self_attn.q_proj.weight")
+        if q_proj and q_proj.shape != (
+            c.n_heads * c.head_size,
+            c.dim,
+        ):  # before any memory is taken
+            raise ValueError(
+                f"q_proj is {[*q_proj.shape]}, by its config {[c.n_heads * c.head_size, c.dim]}"
+            )
+        model = reserve(c, device, dtype)
         check_tensors(hf_tensors(model), stored, c.tie_embeddings)
     except KeyError as error:
         raise ValueError(f"{folder}/config.json lacks {error}") from None
     except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         reason = " ".join(f"{error}".split())[:300]
         raise ValueError(f"{folder} can't be read: {reason}") from None
-    if dtype is None:
-        is_bf16 = stored["model.embed_tokens.weight"].dtype == torch.bfloat16
-        dtype = torch.bfloat16 if is_bf16 else torch.float32
-    model.to(dtype)
     for i, block in enumerate(model.blocks):
         if isinstance(block.ffn, MoE):
             name = f"model.layers.{i}.{FAMILIES[family_of(c)].ffn}.gate.weight"
             block.ffn.router.to(torch.promote_types(dtype, stored[name].dtype))
-    model.to_empty(device=device)
-    if c.tie_embeddings:
-        model.head.weight = model.embed.weight
-    table = rope_table(c.head_size, c.seq_len, c.rope_theta, c.rope_factor)
-    model.cos, model.sin = (part.to(device) for part in table)
     targets = sorted(hf_tensors(model).items(), key=lambda item: stored[item[0]][:2])
     for path in sorted({stored[name].path for name, _ in targets}):
         with open(path, "rb") as file:

@@ -3,6 +3,7 @@
     python sample.py "Once, upon a time"                 with the newest run's best model
     python sample.py "Once, upon a time" -n 3 --seed 7   three continuations, the same every time
     python sample.py                                     no prompt: User: / Model: until exit
+    python sample.py "Once" --model FOLDER --dtype bf16  a Hugging Face folder: Llama, Mixtral, ...
 
 Text appears as it is drawn, a character only once all its bytes are there. The same seed and flags
 give the same text.
@@ -29,7 +30,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     share = number(float, lambda p: 0 < p <= 1, "above 0 and at most 1")
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue; without it, a conversation")
-    add("--model", metavar="PATH", help="a checkpoint; default: best.pt of the newest run")
+    add("--model", metavar="PATH", help="a checkpoint, or a Hugging Face folder; default: newest")
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: as it is stored")
     add("--max_new_tokens", type=count, default=200)
     add("--temperature", type=number(float, lambda t: t >= 0, "0 or more"), default=0.8)
     add("--top_k", type=count, help="draw from the k likeliest tokens")
@@ -70,7 +72,7 @@ def stream(model, tokenizer, prompt: str, args, generator: torch.Generator):
 
     With a stop text, its possible beginnings are held back until they turn out to be none.
     """
-    ids = [tokenizer.eot, *tokenizer.encode(prompt)]
+    ids = [*tokenizer.start, *tokenizer.encode(prompt)] or [tokenizer.eot]
     if len(ids) >= model.config.seq_len:
         raise ValueError(
             f"the prompt has {len(ids) - 1} tokens and the model reads {model.config.seq_len} at "
@@ -139,9 +141,13 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a character the terminal can't show
     try:
         args.device, path = lamoe.pick_device(args.device), args.model or newest_model()
-        model, tokenizer = lamoe.load(path, args.device)
+        dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+        model, tokenizer = lamoe.load(path, args.device, dtype)
         if tokenizer is None:
-            raise ValueError(f"{path} has no tokenizer; make a model with one: python train.py")
+            raise ValueError(
+                f"{path} has no tokenizer; make a model with one (python train.py), or put the "
+                f"model's tokenizer.json there"
+            )
         generator = torch.Generator(args.device)
         generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
         if args.prompt is None:

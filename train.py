@@ -3,6 +3,7 @@
     python train.py                              the embedded corpus, minutes on a laptop
     python train.py --data book.txt              your own text: a file, or a folder of .txt
     python train.py --resume                     go on where the newest run stopped
+    python train.py --init FOLDER --data book.txt  fine-tune a Hugging Face model, or a checkpoint
     python train.py --device cuda
 
 Notable features
@@ -50,6 +51,7 @@ class TrainConfig:
 
     data: str = "stories"  # the embedded corpus, a text file, or a folder of .txt
     out: str = ""  # the run's folder; empty: runs/ and the data's name
+    init: str = ""  # Hugging Face folder or checkpoint: weights, config and tokenizer to start from
     device: str = "auto"  # auto, cpu, cuda or mps
     preset: str = ""  # laptop or gpu; empty: by device
     tokenizer: str = "bpe"  # bpe (trained on the data) or bytes
@@ -94,6 +96,7 @@ TEXTS = (
     (1e8, {"vocab_size": 2048, "seq_len": 256, "n_layers": 3, "lr": 8e-3, "weight_decay": 0.1}),
     (math.inf, {"vocab_size": 8192, "seq_len": 512, "lr": 4e-3, "weight_decay": 0.1}),
 )
+TUNE = {"lr": 2e-4, "muon_lr": 5e-4}  # with --init: what is known already is not to be torn down
 CLASSES = (TrainConfig, lamoe.Config)
 
 
@@ -363,12 +366,14 @@ class Data(typing.NamedTuple):
     floor: float | None  # bits per byte that no model can beat, where the source is known
 
 
-def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) -> Data:
-    """Text -> tokenizer (the checkpoint's, if there is one) -> ids -> windows."""
+def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus, ready=None) -> Data:
+    """Text -> tokenizer (the checkpoint's, or one that is ready) -> ids -> windows."""
     n_bytes = sum(len(document.encode()) for document in corpus.train)
     say(f"data       {settings.data}: {corpus.how}; {n_bytes / 1e6:.1f} MB to train on")
     if saved:
         tokenizer = Tokenizer.from_state(saved["tokenizer"])
+    elif ready:
+        tokenizer = ready
     elif settings.tokenizer == "bytes":
         tokenizer = Tokenizer([])
     else:
@@ -394,8 +399,11 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) ->
     return Data(tokenizer, batches, corpus, val_ids, spans, floor)
 
 
-def settle(given: dict, saved: dict | None, corpus) -> tuple[TrainConfig, dict]:
-    """Settings, and fields of lamoe.Config: by flag, else by the text's size, else by preset."""
+def settle(given: dict, saved: dict | None, corpus, init=None) -> tuple[TrainConfig, dict]:
+    """Settings, and fields of lamoe.Config: by flag, else by the text's size, else by preset.
+
+    init: the Config of the model to start from; flags can't change what its weights depend on.
+    """
     if saved:
         settled = {**saved["config"], **saved["train_config"], **saved["given"]}
         for name, value in given.items():
@@ -415,12 +423,35 @@ def settle(given: dict, saved: dict | None, corpus) -> tuple[TrainConfig, dict]:
     by_text = next(suits for limit, suits in TEXTS if size < limit)
     flags = {name: value for name, value in given.items() if (name, value) != ("steps", 0)}
     known = {**PRESETS[preset], **by_text, **flags}
+    if init:
+        known = {**known, **TUNE, **fit(init, known["seq_len"], flags), **flags}
     settings = fill(TrainConfig, {**known, "device": device, "preset": preset})
     settings.dtype = pick_dtype(settings.dtype, device)
     fields = {f.name for f in dataclasses.fields(lamoe.Config)}
     known = {name: value for name, value in known.items() if name in fields}
     check_memory(lamoe.Config(**known))  # mistakes, before any work is done
     return settings, known
+
+
+FREE = ("seq_len", "balance_weight", "z_weight", "jitter", "capacity_factor", "bias_rate")
+
+
+def fit(init: lamoe.Config, seq_len: int, flags: dict) -> dict:
+    """The fields of a model to start from, cut to seq_len; a flag may change those in FREE."""
+    fields = {**dataclasses.asdict(init), "seq_len": min(seq_len, init.seq_len)}
+    if "tokenizer" in flags:
+        raise ValueError(f"--tokenizer: {flags['init']} brings its own; leave it out")
+    for name, value in flags.items():
+        if name in fields and name not in FREE and value != fields[name]:
+            raise ValueError(
+                f"--{name} {value} differs from the {fields[name]} of {flags['init']}; leave it out"
+            )
+    if flags.get("seq_len", 0) > init.seq_len:
+        raise ValueError(
+            f"--seq_len {flags['seq_len']} is more than the {init.seq_len} positions that "
+            f"{flags['init']} knows; try --seq_len {init.seq_len}"
+        )
+    return fields
 
 
 def keep_freed_memory() -> None:
@@ -452,6 +483,16 @@ def check_memory(config: lamoe.Config) -> None:
             f"training {n / 1e9:.1f}B parameters takes {16 * n / 1e9:,.0f} GB and this machine has "
             f"{here / 1e9:,.0f} GB of memory; try a smaller --dim, --n_layers or --n_experts"
         )
+
+
+def load_init(path: str | None):
+    """(model with fp32 weights, tokenizer) to start from; (None, None) without a path."""
+    if not path:
+        return None, None
+    model, tokenizer = lamoe.load(path, dtype=torch.float32)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer; put the model's tokenizer.json there")
+    return model, tokenizer
 
 
 RUN_FILES = ("last.pt", "best.pt", "log.csv")
@@ -593,11 +634,16 @@ def train(given: dict, resume: bool) -> None:
     saved = usable_checkpoint(folder) if resume else None
     data_name = saved["train_config"]["data"] if saved else given.get("data", TrainConfig.data)
     corpus = datasets.read(data_name)
-    settings, known = settle(given, saved, corpus)
-    data = load_data(settings, known, saved, corpus)
+    init, ready = load_init(given.get("init")) if not saved else (None, None)
+    settings, known = settle(given, saved, corpus, init and init.config)
+    data = load_data(settings, known, saved, corpus, ready)
     config = lamoe.Config(**{**known, "vocab_size": data.tokenizer.vocab_size})
     torch.manual_seed(settings.seed)
-    model = lamoe.LaMoE(config).to(settings.device)
+    model = lamoe.LaMoE(config)
+    if init:
+        model.load_state_dict(init.state_dict())
+    del init
+    model.to(settings.device)
     optimizers, meter = make_optimizers(model, settings), Meter(model)
     done = {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
     if saved:
@@ -771,7 +817,8 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
         say(f"           a name or thing to be recalled costs {bits:.3f} bits")
     opening = "Once, upon a time" if settings.data == "stories" else "\n"
     if model.config.eval_capacity_factor is None:  # else there is no generating: see lamoe.forward
-        ids = torch.tensor([[tokenizer.eot, *tokenizer.encode(opening)]], device=settings.device)
+        ids = [*tokenizer.start, *tokenizer.encode(opening)]
+        ids = torch.tensor([ids], device=settings.device)
         generator = torch.Generator(settings.device).manual_seed(settings.seed)
         new = model.generate(ids, 150, 0.8, min_p=0.02, stop=tokenizer.eot, generator=generator)
         text = tokenizer.decode([token.item() for token in new]).removesuffix("<|endoftext|>")
