@@ -1062,31 +1062,25 @@ def to_hf_config(c: Config, dtype: torch.dtype, tokenizer) -> dict:
 
 def from_hf_config(theirs: dict) -> Config:
     """The Config of a config.json of transformers 4 or 5; ValueError where ours can't say it."""
-    named = theirs.get("model_type")
-    model_type = "llama" if named == "mistral" else named  # the same, but for the window below
+    model_type = theirs.get("model_type")
+    theirs, window = {"tie_word_embeddings": False, **theirs}, theirs.get("sliding_window")
+    if model_type == "mistral":  # Llama with a window
+        model_type, window = "llama", theirs.get("sliding_window", 4096)
     if model_type not in FAMILIES:
-        raise ValueError(f"model_type {named!r} is none of {[*FAMILIES, 'mistral']}")
-    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    only |= {"quantization_config": None, "decoder_sparse_step": 1}
-    theirs = {**only, "tie_word_embeddings": False, **theirs}
-    if model_type == "qwen3_moe":
-        theirs = {"num_experts": theirs.get("num_local_experts"), "norm_topk_prob": False, **theirs}
-        only["norm_topk_prob"] = True
-    for key, value in only.items():
-        if theirs[key] != value:
-            raise ValueError(f"{key}={theirs[key]!r:.60} is not supported, only {value!r}")
-    if model_type == "llama" and theirs.get("num_key_value_heads") is None:
-        theirs["num_key_value_heads"] = theirs["num_attention_heads"]  # Llama 1
+        raise ValueError(f"model_type {model_type!r:.40} is none of {[*FAMILIES, 'mistral']}")
+    if model_type == "llama" and theirs.get("num_key_value_heads") is None:  # Llama 1
+        theirs["num_key_value_heads"] = theirs["num_attention_heads"]
+    if model_type == "qwen3_moe" and "num_experts" not in theirs:  # transformers 5
+        theirs["num_experts"] = theirs["num_local_experts"]
     theirs.setdefault("head_dim", 128 if model_type == "qwen3" else None)
     kinds = {int: (int,), float: (int, float), bool: (bool,), int | None: (int, type(None))}
-    values = {"n_experts": 1}
+    values, keys = {"n_experts": 1, "top_k": 1}, FAMILIES[model_type].keys
     for field in dataclasses.fields(Config):
-        if (key := FAMILIES[model_type].keys.get(field.name)) is None:
-            continue
-        values[field.name] = value = theirs[key]
-        if type(value) not in kinds[field.type]:
-            raise ValueError(f"{key}={value!r:.60} is no {kinds[field.type][0].__name__}")
-    window = theirs.get("sliding_window", 4096 if named == "mistral" else None)
+        if field.name in keys:
+            value = values[field.name] = theirs[keys[field.name]]
+            if type(value) not in kinds[field.type]:
+                kind = kinds[field.type][0].__name__
+                raise ValueError(f"{keys[field.name]}={value!r:.60} is no {kind}")
     if model_type.startswith("qwen3") and not theirs.get("use_sliding_window", False):
         window = None
     if window is not None and window < values["seq_len"]:
@@ -1094,35 +1088,42 @@ def from_hf_config(theirs: dict) -> Config:
             f"sliding_window={window} is shorter than the context of {values['seq_len']}, and only "
             f"full attention is supported; set max_position_embeddings to {window} to use less"
         )
+    refuse_unknown(model_type, theirs, values)
+    values["n_dense_layers"] = len(theirs.get("mlp_only_layers") or [])
+    values["qk_norm"] = model_type.startswith("qwen3")
+    return Config(**values, **read_rope(theirs, 1e6 if model_type == "mixtral" else 1e4))
+
+
+def refuse_unknown(model_type: str, theirs: dict, values: dict) -> None:
+    """ValueError names what is switched on in config.json and isn't computed here."""
+    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    only |= {"quantization_config": None, "decoder_sparse_step": 1}
+    theirs = {**only, "norm_topk_prob": model_type != "qwen3_moe", **theirs}
+    for key, value in {**only, "norm_topk_prob": True}.items():
+        if theirs[key] != value:
+            raise ValueError(f"{key}={theirs[key]!r:.60} is not supported, only {value!r}")
     if values["seq_len"] > 1 << 20:
         raise ValueError(f"max_position_embeddings={values['seq_len']} is more than {1 << 20}")
-    if model_type in ("mixtral", "qwen3_moe") and values["n_experts"] == 1:
-        raise ValueError("one expert alone is not supported; save it as a Llama")
-    dense = theirs.get("mlp_only_layers") or []
-    wide = values["hidden_dim"] * values.get("top_k", 1)
+    if len(FAMILIES[model_type].keys) > len(KEYS) and values["n_experts"] == 1:
+        raise ValueError("a router over a single expert is not supported; save it as a Llama")
+    dense, wide = theirs.get("mlp_only_layers") or [], values["hidden_dim"] * values["top_k"]
     if dense and (dense != [*range(len(dense))] or theirs.get("intermediate_size") != wide):
         raise ValueError(
             f"mlp_only_layers={dense!r:.60} is only supported for the first layers, and with "
             f"intermediate_size={wide}, as wide as the experts chosen"
         )
-    values |= {"qk_norm": model_type.startswith("qwen3"), "n_dense_layers": len(dense)}
-    return Config(**values, **read_rope(theirs, 1e6 if model_type == "mixtral" else 1e4))
 
 
 def read_rope(theirs: dict, theta: float) -> dict[str, float]:
     """Our fields of RoPE, from either dialect; theta: the family's own, where the file has none."""
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    rope = {**rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    theta, factor = rope.pop("rope_theta", theirs.get("rope_theta", theta)), 1.0
+    given = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    rope = {"partial_rotary_factor": 1.0, **given}
+    rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+    theta = rope.pop("rope_theta", theirs.get("rope_theta", theta))
+    expected, factor = {"rope_type": "default", "partial_rotary_factor": 1.0}, 1.0
     if rope["rope_type"] == "llama3":
-        factor = rope.pop("factor", None)
-    expected = LLAMA3_ROPE if rope.pop("rope_type") == "llama3" else {}
-    rope.pop("type", None)
-    whole = {"partial_rotary_factor": 1.0, **expected}
-    wrong = {k: v for k, v in rope.items() if k not in whole or v != whole[k]}
-    wrong |= {k: None for k in expected if k not in ("rope_type", *rope)}
-    if wrong or {type(theta), type(factor)} - {int, float}:
-        given = theirs.get("rope_parameters") or theirs.get("rope_scaling")
+        expected, factor = expected | LLAMA3_ROPE, rope.pop("factor", None)
+    if rope != expected or {type(theta), type(factor)} - {int, float}:
         raise ValueError(
             f"RoPE with {given!r:.160} is not supported, only the plain one and Llama 3.1's"
         )
@@ -1145,12 +1146,9 @@ def hf_tensors(model: LaMoE) -> dict[str, Tensor]:
         tensors[f"{at}.post_attention_layernorm"] = block.ffn_norm.weight
         for name, weight in block.attn.named_parameters():  # q_proj.weight, ...
             tensors[f"{at}.self_attn.{name.removesuffix('.weight')}"] = weight
-        parts = (
-            [(f"{at}.{family.ffn}", ffn.gate_up_proj.weight, ffn.down_proj.weight)]
-            if (isinstance(ffn, SwiGLU))
-            else []
-        )
-        if isinstance(ffn, MoE):
+        if isinstance(ffn, SwiGLU):
+            parts = [(f"{at}.{family.ffn}", ffn.gate_up_proj.weight, ffn.down_proj.weight)]
+        else:
             tensors[f"{at}.{family.ffn}.gate"] = ffn.router.weight
             both = zip(ffn.experts.gate_up_proj, ffn.experts.down_proj, strict=True)
             parts = [(f"{at}.{family.ffn}.experts.{e}", *two) for e, two in enumerate(both)]
@@ -1296,22 +1294,12 @@ def load_hf(folder: str | os.PathLike, device: str, dtype: torch.dtype | None):
             f"config.json; name a .pt file, such as {folder}/best.pt"
         )
     theirs, stored = read_json(folder / "config.json"), find_tensors(folder)
-    embedding = stored.get("model.embed_tokens.weight")
-    if dtype is None:
-        is_bf16 = embedding and embedding.dtype == torch.bfloat16
-        dtype = torch.bfloat16 if is_bf16 else torch.float32
     try:
         c = from_hf_config(theirs)
-        if c.n_layers * c.n_experts > len(stored):  # before a loop over a promised billion
-            raise ValueError(f"{c.n_layers} layers of {c.n_experts} experts are not in its files")
-        q_proj = stored.get("model.layers.0.self_attn.q_proj.weight")
-        if q_proj and q_proj.shape != (
-            c.n_heads * c.head_size,
-            c.dim,
-        ):  # before any memory is taken
-            raise ValueError(
-                f"q_proj is {[*q_proj.shape]}, by its config {[c.n_heads * c.head_size, c.dim]}"
-            )
+        check_sizes(c, stored)
+        if dtype is None:
+            is_bf16 = stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+            dtype = torch.bfloat16 if is_bf16 else torch.float32
         model = reserve(c, device, dtype)
         check_tensors(hf_tensors(model), stored, c.tie_embeddings)
     except KeyError as error:
@@ -1320,18 +1308,33 @@ def load_hf(folder: str | os.PathLike, device: str, dtype: torch.dtype | None):
         reason = " ".join(f"{error}".split())[:300]
         raise ValueError(f"{folder} can't be read: {reason}") from None
     for i, block in enumerate(model.blocks):
-        if isinstance(block.ffn, MoE):
-            name = f"model.layers.{i}.{FAMILIES[family_of(c)].ffn}.gate.weight"
-            block.ffn.router.to(torch.promote_types(dtype, stored[name].dtype))
-    targets = sorted(hf_tensors(model).items(), key=lambda item: stored[item[0]][:2])
-    for path in sorted({stored[name].path for name, _ in targets}):
+        if isinstance(block.ffn, MoE):  # computes in fp32: what is stored so isn't rounded
+            gate = stored[f"model.layers.{i}.{FAMILIES[family_of(c)].ffn}.gate.weight"]
+            block.ffn.router.to(torch.promote_types(dtype, gate.dtype))
+    targets = hf_tensors(model)
+    for path in sorted({stored[name].path for name in targets}):
+        names = [name for name in targets if stored[name].path == path]
         with open(path, "rb") as file:
-            for name, target in targets:
-                if stored[name].path == path:
-                    read_into(target, file, stored[name])
+            for name in sorted(names, key=lambda name: stored[name].start):
+                read_into(targets[name], file, stored[name])
     ends = theirs.get("eos_token_id")
     tokenizer = bpe.load_hf(folder, c.vocab_size, ends[0] if isinstance(ends, list) else ends)
     return model.eval(), tokenizer
+
+
+def check_sizes(c: Config, stored: dict[str, Stored]) -> None:
+    """Refuses a config far from its files, before memory is reserved for what it promises."""
+    if c.n_layers * c.n_experts > len(stored):
+        raise ValueError(f"{c.n_layers} layers of {c.n_experts} experts are not in its files")
+    shapes = {
+        "model.embed_tokens": (c.vocab_size, c.dim),
+        "model.layers.0.self_attn.q_proj": (c.n_heads * c.head_size, c.dim),
+    }
+    for name, shape in shapes.items():
+        found = stored.get(f"{name}.weight")
+        if not found or found.shape != shape:
+            there = f"is {[*found.shape]}" if found else "is missing"
+            raise ValueError(f"{name}.weight {there}, by its config {[*shape]}")
 
 
 def check_tensors(expected: dict[str, Tensor], stored: dict[str, Stored], tied: bool) -> None:
@@ -1353,6 +1356,8 @@ def save_hf(model: LaMoE, tokenizer, folder: str | os.PathLike, shard_bytes: int
 
     The folder is new or empty, and appears whole: it is written under another name first.
     """
+    import bpe
+
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is there already; name a new folder")
@@ -1363,28 +1368,20 @@ def save_hf(model: LaMoE, tokenizer, folder: str | os.PathLike, shard_bytes: int
         )
     theirs = to_hf_config(model.config, model.embed.weight.dtype, tokenizer)
     ends = {key: theirs[key] for key in ("bos_token_id", "eos_token_id")}
-    shards, size = [{}], 0
-    for name, tensor in hf_tensors(model).items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards, size = [*shards, {}], 0
-        shards[-1][name], size = tensor, size + tensor.nbytes
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     texts = {"config.json": theirs, "generation_config.json": ends}
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    else:
-        both = zip(names, shards, strict=True)
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        weight_map = {tensor: name for name, shard in both for tensor in shard}
+    shards = shard(hf_tensors(model), shard_bytes)
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+        total = sum(t.nbytes for tensors in shards.values() for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         texts["model.safetensors.index.json"] = index
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         for name, content in texts.items():
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for name, shard in zip(names, shards, strict=True):
-            write_safetensors(temporary / name, shard)
+            bpe.write_text(temporary / name, json.dumps(content, indent=2) + "\n")
+        for name, tensors in shards.items():
+            write_safetensors(temporary / name, tensors)
         if tokenizer:
             tokenizer.save_hf(temporary)
         if folder.exists():
@@ -1392,6 +1389,19 @@ def save_hf(model: LaMoE, tokenizer, folder: str | os.PathLike, shard_bytes: int
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def shard(tensors: dict[str, Tensor], limit: int) -> dict[str, dict[str, Tensor]]:
+    """{file name: its tensors}, in order, each file at most `limit` bytes (or one tensor)."""
+    parts, size = [{}], 0
+    for name, tensor in tensors.items():
+        if parts[-1] and size + tensor.nbytes > limit:
+            parts, size = [*parts, {}], 0
+        parts[-1][name], size = tensor, size + tensor.nbytes
+    if len(parts) == 1:
+        return {"model.safetensors": tensors}
+    n = len(parts)
+    return {f"model-{i:05}-of-{n:05}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
 def main() -> None:
