@@ -534,9 +534,9 @@ class ForeignTokenizer:
 
     def _token_bytes(self, content):
         decoder = content.get("decoder") or {}
-        types = {part["type"] for part in [decoder, *decoder.get("decoders", [])]}
+        types = {part.get("type") for part in [decoder, *decoder.get("decoders", [])]}
         if not types & {"ByteLevel", "ByteFallback", "Metaspace"}:
-            raise ValueError(f"decoder {sorted(types)} is neither byte-level nor sentencepiece")
+            raise ValueError(f"decoder {types} is neither byte-level nor sentencepiece")
         added = {token["id"]: token["content"] for token in content.get("added_tokens", [])}
         tokens = np.full(self.vocab_size, b"", dtype=object)
         for token, i in self._theirs.get_vocab(with_added_tokens=True).items():

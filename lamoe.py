@@ -1014,22 +1014,26 @@ def family_of(c: Config) -> str:
     """The model_type that computes what this config does; ValueError with the reason if none."""
     if c.n_experts == 1:
         return "qwen3" if c.qk_norm else "llama"
-    reasons = {
-        f"no family routes like router={c.router!r}; train with --router topk": c.router != "topk",
-        "Mixtral has no shared experts; train with --n_shared_experts 0": c.n_shared_experts,
-        "Mixtral has no dense layers; train with --n_dense_layers 0 or --qk_norm (Qwen3-MoE)": (
-            c.n_dense_layers and not c.qk_norm
-        ),
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise ValueError(f"this model can't be exported: {reason}")
+    reason = None
+    if c.router != "topk":
+        reason = f"no family routes like router={c.router!r}; train with --router topk"
+    elif c.n_shared_experts:
+        reason = "Mixtral has no shared experts; train with --n_shared_experts 0"
+    elif c.n_dense_layers and not c.qk_norm:
+        reason = "Mixtral has no dense layers; train with --n_dense_layers 0, or --qk_norm"
+    if reason:
+        raise ValueError(f"this model can't be exported: {reason}")
     return "qwen3_moe" if c.qk_norm else "mixtral"
 
 
 def to_hf_config(c: Config, dtype: torch.dtype, tokenizer) -> dict:
     """config.json, in the words of transformers 4 and of 5 where they differ."""
     model_type, values = family_of(c), {**dataclasses.asdict(c), "head_dim": c.head_size}
+    if model_type == "llama" and c.dim % c.n_heads:  # transformers 5 checks it
+        raise ValueError(
+            f"this model can't be exported: a Llama's dim={c.dim} is a multiple of "
+            f"n_heads={c.n_heads}; train with --qk_norm (Qwen3), or other sizes"
+        )
     family, rope = FAMILIES[model_type], {"rope_type": "default"}
     if c.rope_factor != 1:
         rope = {**LLAMA3_ROPE, "factor": c.rope_factor}
@@ -1066,7 +1070,7 @@ def from_hf_config(theirs: dict) -> Config:
     theirs, window = {"tie_word_embeddings": False, **theirs}, theirs.get("sliding_window")
     if model_type == "mistral":  # Llama with a window
         model_type, window = "llama", theirs.get("sliding_window", 4096)
-    if model_type not in FAMILIES:
+    if model_type not in [*FAMILIES]:
         raise ValueError(f"model_type {model_type!r:.40} is none of {[*FAMILIES, 'mistral']}")
     if model_type == "llama" and theirs.get("num_key_value_heads") is None:  # Llama 1
         theirs["num_key_value_heads"] = theirs["num_attention_heads"]

@@ -45,11 +45,13 @@ def shapes(draw, kind):
     n_heads, n_experts = n_kv_heads * draw(st.integers(1, 3)), draw(st.integers(2, 6))
     fields = dict(vocab_size=31, seq_len=16, n_layers=draw(st.integers(1, 3)))
     fields |= dict(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, n_experts=n_experts)
-    fields |= dict(dim=draw(st.integers(1, 20)), hidden_dim=draw(st.integers(1, 15)))
+    fields |= dict(dim=4 * draw(st.integers(1, 5)), hidden_dim=4 * draw(st.integers(1, 4)))
     fields |= dict(top_k=draw(st.integers(1, n_experts)), tie_embeddings=draw(st.booleans()))
     fields |= dict(rope_theta=draw(st.sampled_from([100.0, 1e4, 1e6])))
     fields |= dict(rope_factor=draw(st.sampled_from([1.0, 8.0])))
     fields |= dict(norm_eps=draw(st.sampled_from([1e-6, 1e-5, 0.1])))
+    if kind == "llama":  # theirs insists
+        fields |= dict(dim=4 * n_heads)
     if kind == "qwen3_moe":
         fields |= dict(n_dense_layers=draw(st.integers(0, 1)))
     return {**fields, **KINDS[kind]}
@@ -304,7 +306,7 @@ REFUSED = [
     ("mixtral", dict(num_local_experts=1), ["single expert"]),
     ("llama", dict(hidden_size="16"), ["hidden_size='16'", "int"]),
     ("llama", dict(hidden_size=True), ["hidden_size=True"]),
-    ("llama", dict(hidden_size=10**30), ["hidden_size"[:3]]),
+    ("llama", dict(hidden_size=10**30), ["embed_tokens"]),
     ("llama", dict(num_attention_heads=3), ["n_kv_heads"]),
     ("llama", dict(num_hidden_layers=10**12), ["layers"]),
     ("llama", dict(num_hidden_layers=1), ["unexpected", "model.layers.1."]),
@@ -337,6 +339,7 @@ def test_a_config_we_do_not_compute_is_refused_by_name(kind, changes, words):
         (dict(router="deepseek"), ["deepseek", "--router topk"]),
         (dict(n_shared_experts=1), ["shared experts", "--n_shared_experts 0"]),
         (dict(n_dense_layers=1), ["dense layers", "--qk_norm"]),
+        (dict(n_experts=1, dim=18, head_dim=4), ["dim=18", "n_heads=4", "--qk_norm"]),
     ],
 )
 def test_a_model_that_no_family_expresses_is_refused_with_the_reason(fields, words):
