@@ -622,7 +622,7 @@ def load_hf(folder, vocab_size, eot=None):
         ours = Tokenizer(
             [[ids[name] for name in pair.split()] for pair in content["model"]["merges"]]
         )
-        if ours._hf_json() == content:
+        if ours._hf_json() == content and ours.vocab_size == vocab_size:
             return ours
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # not one of ours

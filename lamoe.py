@@ -1101,11 +1101,13 @@ def from_hf_config(theirs: dict) -> Config:
 def refuse_unknown(model_type: str, theirs: dict, values: dict) -> None:
     """ValueError names what is switched on in config.json and isn't computed here."""
     only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    only |= {"quantization_config": None, "decoder_sparse_step": 1}
+    only |= {"quantization_config": None, "decoder_sparse_step": 1, "partial_rotary_factor": 1.0}
     theirs = {**only, "norm_topk_prob": model_type != "qwen3_moe", **theirs}
     for key, value in {**only, "norm_topk_prob": True}.items():
         if theirs[key] != value:
             raise ValueError(f"{key}={theirs[key]!r:.60} is not supported, only {value!r}")
+    if kinds := {*(theirs.get("layer_types") or [])} - {"full_attention"}:
+        raise ValueError(f"layer_types {kinds!r:.60} are not supported, only full attention")
     if values["seq_len"] > 1 << 20:
         raise ValueError(f"max_position_embeddings={values['seq_len']} is more than {1 << 20}")
     if len(FAMILIES[model_type].keys) > len(KEYS) and values["n_experts"] == 1:
@@ -1120,14 +1122,16 @@ def refuse_unknown(model_type: str, theirs: dict, values: dict) -> None:
 
 def read_rope(theirs: dict, theta: float) -> dict[str, float]:
     """Our fields of RoPE, from either dialect; theta: the family's own, where the file has none."""
-    given = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    rope = {"partial_rotary_factor": 1.0, **given}
-    rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
-    theta = rope.pop("rope_theta", theirs.get("rope_theta", theta))
+    places = ("rope_parameters", "rope_scaling")
+    given = {key: value for place in places for key, value in (theirs.get(place) or {}).items()}
+    rope = {"rope_type": given.get("type", "default"), "partial_rotary_factor": 1.0, **given}
     expected, factor = {"rope_type": "default", "partial_rotary_factor": 1.0}, 1.0
     if rope["rope_type"] == "llama3":
         expected, factor = expected | LLAMA3_ROPE, rope.pop("factor", None)
-    if rope != expected or {type(theta), type(factor)} - {int, float}:
+    twice = rope.pop("type", rope["rope_type"]) != rope["rope_type"]
+    theta = rope.pop("rope_theta", theirs.get("rope_theta", theta))
+    twice |= theirs.get("rope_theta", theta) != theta
+    if twice or rope != expected or {type(theta), type(factor)} - {int, float}:
         raise ValueError(
             f"RoPE with {given!r:.160} is not supported, only the plain one and Llama 3.1's"
         )
@@ -1311,19 +1315,24 @@ def load_hf(folder: str | os.PathLike, device: str, dtype: torch.dtype | None):
     except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         reason = " ".join(f"{error}".split())[:300]
         raise ValueError(f"{folder} can't be read: {reason}") from None
+    read_weights(model, stored)
+    ends = theirs.get("eos_token_id")
+    tokenizer = bpe.load_hf(folder, c.vocab_size, ends[0] if isinstance(ends, list) else ends)
+    return model.eval(), tokenizer
+
+
+def read_weights(model: LaMoE, stored: dict[str, Stored]) -> None:
+    """Fills the model, file by file, each from its beginning to its end."""
     for i, block in enumerate(model.blocks):
         if isinstance(block.ffn, MoE):  # computes in fp32: what is stored so isn't rounded
-            gate = stored[f"model.layers.{i}.{FAMILIES[family_of(c)].ffn}.gate.weight"]
-            block.ffn.router.to(torch.promote_types(dtype, gate.dtype))
+            gate = stored[f"model.layers.{i}.{FAMILIES[family_of(model.config)].ffn}.gate.weight"]
+            block.ffn.router.to(torch.promote_types(model.embed.weight.dtype, gate.dtype))
     targets = hf_tensors(model)
     for path in sorted({stored[name].path for name in targets}):
         names = [name for name in targets if stored[name].path == path]
         with open(path, "rb") as file:
             for name in sorted(names, key=lambda name: stored[name].start):
                 read_into(targets[name], file, stored[name])
-    ends = theirs.get("eos_token_id")
-    tokenizer = bpe.load_hf(folder, c.vocab_size, ends[0] if isinstance(ends, list) else ends)
-    return model.eval(), tokenizer
 
 
 def check_sizes(c: Config, stored: dict[str, Stored]) -> None:

@@ -300,6 +300,11 @@ REFUSED = [
     ("llama", dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), ["full_attention"]),
     ("llama", dict(rope_parameters={"partial_rotary_factor": 0.5}), ["partial_rotary_factor"]),
     ("llama", dict(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2}), ["dynam"]),
+    ("llama", dict(rope_scaling={"type": "yarn", "rope_type": "default"}), ["yarn"]),
+    ("llama", dict(rope_scaling={"type": "linear", "factor": 2.0}), ["linear"]),
+    ("llama", dict(rope_theta=5e5), ["RoPE"]),
+    ("llama", dict(partial_rotary_factor=0.25), ["partial_rotary_factor"]),
+    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), ["sliding_attention"]),
     ("qwen3_moe", dict(norm_topk_prob=False), ["norm_topk_prob"]),
     ("qwen3_moe", dict(decoder_sparse_step=2), ["decoder_sparse_step"]),
     ("qwen3_moe", dict(mlp_only_layers=[1]), ["mlp_only_layers=[1]"]),
@@ -596,6 +601,16 @@ def test_a_foreign_tokenizer_gives_its_own_ids_through_our_interface(make, tmp_p
     again.save_hf(other)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (other / name).read_text() == (tmp_path / name).read_text()
+
+
+@pytest.mark.oracle
+def test_a_tokenizer_of_another_size_than_the_model_is_refused(tok, tmp_path):
+    import_oracle("tokenizers")
+    tok.save_hf(tmp_path)
+    assert_refused(["outside", str(tmp_path)], lambda: bpe.load_hf(tmp_path, tok.vocab_size - 1))
+    assert bpe.load_hf(tmp_path, tok.vocab_size + 3).vocab_size == tok.vocab_size + 3  # rounded up
+    model = random_model(small_config())
+    assert_refused(["23", str(tok.vocab_size)], lambda: lamoe.save_hf(model, tok, "folder"))
 
 
 @pytest.mark.oracle
