@@ -249,6 +249,42 @@ def test_bf16_weights_compute_what_fp32_does_up_to_rounding(kind):
     assert cached.shape == (10, 2)
 
 
+def test_bf16_from_a_checkpoint_rounds_all_but_the_router():
+    model = random_model(small_config(), seed=5)
+    checkpoint = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
+    lamoe.save("model.pt", checkpoint)
+    half, _ = lamoe.load("model.pt", dtype=torch.bfloat16)
+    for name, weight in half.named_parameters():
+        assert weight.dtype == (torch.float32 if "router" in name else torch.bfloat16)
+        assert torch.equal(weight, model.get_parameter(name).to(weight.dtype))
+
+
+@pytest.mark.oracle
+@every_kind
+def test_what_a_config_leaves_out_is_the_familys_default(kind):
+    fields = dict(n_heads=2, n_kv_heads=2, head_dim=128 if kind == "qwen3" else None)
+    random_theirs(small_config(**KINDS[kind], **fields)).save_pretrained("folder")
+    left_out = ["rope_parameters", "rope_theta", "head_dim", "tie_word_embeddings", "layer_types"]
+    left_out += ["num_key_value_heads"] if kind == "llama" else []
+    left_out += ["hidden_act", "attention_bias", "sliding_window", "mlp_only_layers"]
+    edit_config("folder", **dict.fromkeys(left_out))
+    twin = theirs("folder")
+    assert lamoe.load("folder")[0].config.rope_theta == twin.config.rope_parameters["rope_theta"]
+    assert_same_logits(lamoe.load("folder")[0], twin)
+
+
+@pytest.mark.oracle
+def test_old_folders_with_redundant_tensors_are_read():
+    twin = random_theirs(small_config(n_experts=1, tie_embeddings=True))
+    twin.save_pretrained("folder")
+    path, safetensors = Path("folder/model.safetensors"), import_oracle("safetensors.torch")
+    tensors = safetensors.load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    safetensors.save_file(tensors, path, {"format": "pt"})
+    assert_same_logits(lamoe.load("folder")[0], twin)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_weights_stream_in_without_a_second_copy_in_memory():
     config = small_config(dim=512, hidden_dim=1024, n_layers=4, vocab_size=8192, n_experts=8)
@@ -416,6 +452,20 @@ def test_a_broken_header_is_refused(name):
     lamoe.save_hf(random_model(small_config()), None, "folder")
     rewrite_header(BROKEN[name])
     assert_refused(["folder"])
+
+
+def test_a_file_that_ends_early_or_promises_a_huge_header_is_refused():
+    lamoe.save_hf(random_model(small_config()), None, "folder")
+    path = Path("folder/model.safetensors")
+    stored = lamoe.read_header(path)["lm_head.weight"]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    assert_refused(["model.safetensors", "truncated"])
+    short = stored._replace(start=len(whole) - 100)  # cut after its header was read
+    with open(path, "rb") as file:
+        assert_refused(["ends"], lambda: lamoe.read_into(torch.empty(short.shape), file, short))
+    path.write_bytes(b"\xff" * 8 + whole[8:])
+    assert_refused(["model.safetensors", "header"])
 
 
 @few
