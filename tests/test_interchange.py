@@ -60,6 +60,7 @@ def shapes(draw, kind):
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # runs without pictures, in less time
     return tmp_path
 
 
@@ -695,7 +696,9 @@ def run_folder(tmp_path_factory):
     (folder / "book.txt").write_text(make_text())
     flags = [flag for flag in TINY if flag not in ("--tokenizer", "bytes")]
     data = ["--data", folder / "book.txt", "--out", folder / "run", "--vocab_size", 300]
-    assert call(train, *data, *flags, "--steps", 4) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        assert call(train, *data, *flags, "--steps", 4) == 0
     return folder
 
 
