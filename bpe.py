@@ -315,6 +315,7 @@ class Tokenizer:
         self.merges = [(int(a), int(b)) for a, b in merges]
         self.eot = len(tokens)  # Tokenizer([]) is the byte tokenizer: 257 ids
         self.vocab_size = self.eot + 1
+        self.start = [self.eot]  # what stands before a text
         self._tokens = np.array([*tokens, SPECIAL.encode()], dtype=object)
         self.byte_lengths = np.array([len(token) for token in self._tokens])
         self._typecode = "H" if self.vocab_size <= 1 << 16 else "I"
@@ -374,6 +375,8 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, state):
+        if isinstance(state, dict) and "tokenizer.json" in state:
+            return ForeignTokenizer.from_state(state)
         plausible = isinstance(state, dict) and isinstance(state.get("merges"), list)
         if not plausible:
             raise ValueError("no list of merges in it")
@@ -406,7 +409,10 @@ class Tokenizer:
             ) from None
 
     def to_tiktoken(self):
-        """Returns the same tokenizer as a tiktoken.Encoding (it merges by bytes, not by pairs)."""
+        """Returns the same tokenizer as a tiktoken.Encoding (it merges by bytes, not by pairs).
+
+        Its `encode_ordinary` is our `encode`; with allowed_special="all", `allow_special`.
+        """
         try:
             import tiktoken
         except ImportError:
@@ -415,6 +421,54 @@ class Tokenizer:
         return tiktoken.Encoding(
             "lamoe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={SPECIAL: self.eot}
         )
+
+    def save_hf(self, folder):
+        """Writes the two files by which transformers.AutoTokenizer gives the same ids."""
+        write_text(os.path.join(folder, "tokenizer.json"), json.dumps(self._hf_json()))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": SPECIAL,
+            "eos_token": SPECIAL,
+            "add_bos_token": False,
+            "split_special_tokens": True,  # <|endoftext|> inside a text is text, as in `encode`
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        write_text(os.path.join(folder, "tokenizer_config.json"), json.dumps(config, indent=2))
+
+    def _hf_json(self):
+        """Returns the content of tokenizer.json: our words and merges, in visible letters."""
+        names = ["".join(VISIBLE[byte] for byte in token) for token in self._tokens[: self.eot]]
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        byte_level["use_regex"] = False
+        flags = ("single_word", "lstrip", "rstrip", "normalized")
+        special = {"id": self.eot, "content": SPECIAL, **dict.fromkeys(flags, False)}
+        split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{**special, "special": True}],
+            "normalizer": None,
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [{**split, "invert": False}, byte_level],
+            },
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": {name: i for i, name in enumerate(names)},
+                "merges": [f"{names[a]} {names[b]}" for a, b in self.merges],
+            },
+        }
 
 
 def check_documents(documents):
@@ -425,7 +479,168 @@ def check_documents(documents):
 
 
 # ----------------------------------------------------------------------------------------------
-# 5. Command line
+# 5. Tokenizers of others: a tokenizer.json behind the same interface
+# ----------------------------------------------------------------------------------------------
+
+# GPT-2's alphabet, in which tokenizer.json writes bytes: those that print stand for themselves,
+# the others are moved up to the letters from 256 on.
+_prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
+_moved = {byte: 256 + n for n, byte in enumerate(sorted({*range(256)} - _prints))}
+VISIBLE = [chr(_moved.get(byte, byte)) for byte in range(256)]
+BYTE_OF = {letter: byte for byte, letter in enumerate(VISIBLE)}
+
+
+class ForeignTokenizer:
+    """A tokenizer.json through the `tokenizers` package, used like Tokenizer.
+
+    Two alphabets are known: bytes as visible letters (GPT-2, Llama 3, Qwen) and sentencepiece's
+    (Llama 2, Mixtral), where U+2581 is a space and <0x0A> a byte. Its end-of-text token, whatever
+    its name, stands for <|endoftext|> here: it separates documents, and counts as those 13 bytes.
+    """
+
+    def __init__(self, files, vocab_size, eot=None):
+        """files: {name: content} of tokenizer.json and tokenizer_config.json ("{}" if none).
+
+        vocab_size is the model's, often rounded up; eot an id, where the files name no eos_token.
+        """
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(
+                "this model has a tokenizer of its own: pip install tokenizers"
+            ) from None
+        self.files, self.vocab_size = dict(files), vocab_size
+        try:
+            content, config = (
+                json.loads(files[name]) for name in ("tokenizer.json", "tokenizer_config.json")
+            )
+            self._theirs = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+            self._theirs.no_truncation()
+            self._theirs.no_padding()
+            self._tokens = self._token_bytes(content)
+            self.eot, self.start = self._ends(config, eot)
+        except RecursionError:
+            raise ValueError("tokenizer.json is nested too deeply") from None
+        except Exception as error:  # the package raises bare Exceptions
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ValueError(f"tokenizer.json can't be used ({reason})") from None
+        # Sentencepiece begins a text with a space that isn't there. Decoded in pieces it must
+        # stay, so the end-of-text token counts a byte less: the bytes of a document are exact.
+        extra = len(self.decode_bytes(self.encode("a"))) - 1
+        self._tokens[self.eot] = SPECIAL.encode()
+        self._tokens[[i for i in self.start if i != self.eot]] = b""
+        self.byte_lengths = np.array([len(token) for token in self._tokens])
+        self.byte_lengths[self.eot] -= extra
+
+    def _token_bytes(self, content):
+        decoder = content.get("decoder") or {}
+        types = {part.get("type") for part in [decoder, *decoder.get("decoders", [])]}
+        if not types & {"ByteLevel", "ByteFallback", "Metaspace"}:
+            raise ValueError(f"decoder {types} is neither byte-level nor sentencepiece")
+        added = {token["id"]: token["content"] for token in content.get("added_tokens", [])}
+        tokens = np.full(self.vocab_size, b"", dtype=object)
+        for token, i in self._theirs.get_vocab(with_added_tokens=True).items():
+            if i >= self.vocab_size:
+                raise ValueError(f"token {i} is outside the model's {self.vocab_size}")
+            if i in added:
+                tokens[i] = added[i].encode()
+            elif "ByteLevel" in types:
+                tokens[i] = bytes(BYTE_OF[letter] for letter in token)
+            elif byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+                tokens[i] = bytes.fromhex(byte[1])
+            else:
+                tokens[i] = token.replace("\u2581", " ").encode()
+        return tokens
+
+    def _ends(self, config, eot):
+        """Returns the end-of-text id and the ids that stand before a text."""
+        names = (config.get("eos_token"), config.get("bos_token"))
+        names = (name["content"] if isinstance(name, dict) else name for name in names)
+        ends, begins = (name and self._theirs.token_to_id(name) for name in names)
+        ends = eot if ends is None else ends
+        if type(ends) is not int or not 0 <= ends < self.vocab_size:
+            raise ValueError("no end-of-text token: eos_token in tokenizer_config.json names none")
+        start = [i for i in self._theirs.encode("").ids if i != ends or i == begins]
+        if type(config.get("add_bos_token")) is bool:
+            start = [begins] if config["add_bos_token"] and begins is not None else []
+        return ends, start
+
+    def encode(self, text, allow_special=False):
+        """Returns the ids of `text`; special tokens in it are text unless allowed."""
+        utf8(text)  # refuses what the package would refuse in worse words
+        self._theirs.encode_special_tokens = not allow_special
+        return self._theirs.encode(text, add_special_tokens=False).ids
+
+    def encode_array(self, documents):
+        """Returns one flat array of uint16 or uint32: each document as encoded, then eot."""
+        parts, documents = [], iter(check_documents(documents))
+        self._theirs.encode_special_tokens = True
+        while batch := list(islice(documents, 256)):
+            for text in batch:
+                utf8(text)
+            for encoding in self._theirs.encode_batch_fast(batch, add_special_tokens=False):
+                parts.append(np.array([*self.start, *encoding.ids, self.eot], np.uint32))
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        return np.concatenate(parts or [np.zeros(0)]).astype(dtype)
+
+    decode, decode_bytes = Tokenizer.decode, Tokenizer.decode_bytes
+
+    def state(self):
+        """Returns plain types, to embed in a checkpoint."""
+        return {**self.files, "vocab_size": self.vocab_size, "eot": self.eot}
+
+    @classmethod
+    def from_state(cls, state):
+        files = {name: text for name, text in state.items() if name.endswith(".json")}
+        return cls(files, state["vocab_size"], state["eot"])
+
+    def save_hf(self, folder):
+        """Writes its files as they came."""
+        for name, text in self.files.items():
+            write_text(os.path.join(folder, name), text)
+
+
+def load_hf(folder, vocab_size, eot=None):
+    """Returns the tokenizer in a Hugging Face folder, None if there is none.
+
+    A Tokenizer where the files are those that Tokenizer.save_hf writes, else a ForeignTokenizer.
+    """
+    files = {"tokenizer.json": None, "tokenizer_config.json": "{}"}
+    for name in files:
+        try:
+            with open(os.path.join(folder, name), encoding="utf-8") as file:
+                files[name] = file.read()
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder}: {name} can't be read: {error}") from None
+    if files["tokenizer.json"] is None:
+        return None
+    try:
+        content = json.loads(files["tokenizer.json"])
+        ids = content["model"]["vocab"]
+        ours = Tokenizer(
+            [[ids[name] for name in pair.split()] for pair in content["model"]["merges"]]
+        )
+        if ours._hf_json() == content and ours.vocab_size == vocab_size:
+            return ours
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # not one of ours
+    try:
+        return ForeignTokenizer(files, vocab_size, eot)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def write_text(path, text):
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ----------------------------------------------------------------------------------------------
+# 6. Command line
 # ----------------------------------------------------------------------------------------------
 
 

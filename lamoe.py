@@ -8,6 +8,7 @@ model grows, the work for a token does not. This file is the whole model, from c
 - sorted dispatch: one matrix product an expert, and a backward that only gathers
 - four routers (topk, noisy, switch, deepseek), each one short class; a fifth is a class and a line
 - `n_experts=1` is a dense Llama: the baseline is the same file
+- Hugging Face folders both ways: Mixtral, Llama, Qwen3, Qwen3-MoE (section 9)
 
 References
  [1] Llama 2                     Touvron et al. 2023    arXiv:2307.09288
@@ -21,6 +22,7 @@ References
  [9] ST-MoE (router z-loss)      Zoph et al. 2022       arXiv:2202.08906
 [10] DeepSeek-V3                 DeepSeek-AI 2024       arXiv:2412.19437
 [11] QK-norm                     Henry et al. 2020      arXiv:2010.04245
+[12] Llama 3                     Llama team 2024        arXiv:2407.21783
 
 A tensor's name ends in its shape, one letter a dimension:
   B batch   T time (new positions)   S cached positions, or sorted rows in the dispatch
@@ -28,10 +30,15 @@ A tensor's name ends in its shape, one letter a dimension:
   E experts    A active experts a token (top_k)    F hidden dim of one expert    V vocabulary
 """
 
+import argparse
 import dataclasses
+import json
 import math
 import os
+import shutil
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -59,6 +66,7 @@ class Config:
     n_dense_layers: int = 0  # first layers that are dense, of the same active width [10: 3]
     seq_len: int = 256  # context [tokens]
     rope_theta: float = 10_000.0  # base of the rotary wavelengths [3]
+    rope_factor: float = 1.0  # stretch of the long wavelengths in Llama 3.1 [12: 8; Llama 3.2: 32]
     norm_eps: float = 1e-5  # inside RMSNorm's root [1]
     qk_norm: bool = False  # RMSNorm on each query and key head, before RoPE [11]
     tie_embeddings: bool = False  # the output head is the embedding, transposed
@@ -82,6 +90,8 @@ class Config:
                 raise ValueError(f"{field.name}={value} must be a number from 0 on")
         if self.rope_theta <= 0:
             raise ValueError(f"rope_theta={self.rope_theta} must be above 0; try 10000")
+        if self.rope_factor < 1:
+            raise ValueError(f"rope_factor={self.rope_factor} must be at least 1; 1 is off")
         if self.head_dim is None and self.dim % (2 * self.n_heads):
             step = 2 * self.n_heads  # each head of an even width, for RoPE turns pairs
             near = max(step, self.dim // step * step)
@@ -168,13 +178,19 @@ class RMSNorm(nn.Module):
         return (x32 * scale * self.weight).to(x.dtype)
 
 
-def rope_table(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_table(head_dim, length, theta: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """cos and sin, (length, K) each, of the angle by which a position turns a pair [3, eq. 15].
 
     Pair i turns by position * theta^(-2i/K): the first pairs spin fast and tell neighbours apart,
-    the last ones slowly and tell paragraphs apart.
+    the last ones slowly and tell paragraphs apart. Llama 3.1 reads beyond the 8,192 positions that
+    Llama 3 knew: pairs that turned less than once in those turn `factor` times slower, those that
+    turned more than 4 times as before, and between the two the speed changes linearly.
     """
     inverse_wavelength = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    if factor != 1:
+        turns = 8192 * inverse_wavelength / (2 * math.pi)
+        kept = ((turns - 1) / (4 - 1)).clamp(0, 1)
+        inverse_wavelength = inverse_wavelength * (kept + (1 - kept) / factor)
     angles = torch.outer(torch.arange(length).float(), inverse_wavelength).repeat(1, 2)
     return angles.cos(), angles.sin()
 
@@ -798,7 +814,7 @@ class LaMoE(nn.Module):
         self.head = Linear(c.dim, c.vocab_size)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
-        cos, sin = rope_table(c.head_size, c.seq_len, c.rope_theta)
+        cos, sin = rope_table(c.head_size, c.seq_len, c.rope_theta, c.rope_factor)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.init_weights()
@@ -1160,7 +1176,491 @@ def build(checkpoint: dict, path: str | os.PathLike):
     return model, tokenizer
 
 
-def load(path: str | os.PathLike, device: str = "cpu"):
-    """(model in evaluation mode, tokenizer or None) from a checkpoint file."""
+def load(path: str | os.PathLike, device: str = "cpu", dtype: torch.dtype | None = None):
+    """(model in evaluation mode, tokenizer or None) from a checkpoint or a Hugging Face folder.
+
+    dtype: of the weights, torch.float32 or torch.bfloat16; None: as stored. A router stored in fp32
+    stays so, for it computes in fp32 anyway.
+    """
+    if os.path.isdir(path):
+        return load_hf(path, device, dtype)
     model, tokenizer = build(read(path), path)
+    for name, weight in model.named_parameters():
+        if dtype is not None and "router" not in name:
+            weight.data = weight.data.to(dtype)
     return model.to(device).eval(), tokenizer
+
+
+# --- 9. Interchange: Hugging Face folders, both ways ----------------------------------------------
+# A folder holds config.json, a tokenizer, and the weights as safetensors. Four of its families
+# compute exactly what this file computes; only names and the cutting of the experts differ. What
+# none of them can say is refused, in both directions: a model that is read wrongly still talks.
+
+KEYS = {  # our field -> theirs
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+MIXTRAL = {**KEYS, "n_experts": "num_local_experts", "top_k": "num_experts_per_tok"}
+QWEN3_MOE = {**MIXTRAL, "n_experts": "num_experts", "hidden_dim": "moe_intermediate_size"}
+
+
+class Family(NamedTuple):
+    """Which class of transformers, and what it calls things."""
+
+    architecture: str
+    keys: dict[str, str]
+    ffn: str = "mlp"
+    gate_up_down: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+
+FAMILIES = {  # model_type -> family; those of qwen3 have qk_norm
+    "llama": Family("LlamaForCausalLM", KEYS),
+    "qwen3": Family("Qwen3ForCausalLM", KEYS),
+    "mixtral": Family("MixtralForCausalLM", MIXTRAL, "block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", QWEN3_MOE),
+}
+LLAMA3_ROPE = {  # rope_table's constants in their words; the factor varies
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def family_of(c: Config) -> str:
+    """The model_type that computes what this config does; ValueError with the reason if none."""
+    if c.n_experts == 1:
+        return "qwen3" if c.qk_norm else "llama"
+    reason = None
+    if c.router != "topk":
+        reason = f"no family routes like router={c.router!r}; train with --router topk"
+    elif c.n_shared_experts:
+        reason = "Mixtral has no shared experts; train with --n_shared_experts 0"
+    elif c.n_dense_layers and not c.qk_norm:
+        reason = "Mixtral has no dense layers; train with --n_dense_layers 0, or --qk_norm"
+    if reason:
+        raise ValueError(f"this model can't be exported: {reason}")
+    return "qwen3_moe" if c.qk_norm else "mixtral"
+
+
+def to_hf_config(c: Config, dtype: torch.dtype, tokenizer) -> dict:
+    """config.json, in the words of transformers 4 and of 5 where they differ."""
+    model_type, values = family_of(c), {**dataclasses.asdict(c), "head_dim": c.head_size}
+    if model_type == "llama" and c.dim % c.n_heads:  # transformers 5 checks it
+        raise ValueError(
+            f"this model can't be exported: a Llama's dim={c.dim} is a multiple of "
+            f"n_heads={c.n_heads}; train with --qk_norm (Qwen3), or other sizes"
+        )
+    family, rope = FAMILIES[model_type], {"rope_type": "default"}
+    if c.rope_factor != 1:
+        rope = {**LLAMA3_ROPE, "factor": c.rope_factor}
+    dtype_name = str(dtype).removeprefix("torch.")
+    theirs = {
+        "architectures": [family.architecture],
+        "model_type": model_type,
+        **{key: values[field] for field, key in family.keys.items()},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "sliding_window": None,
+        "rope_theta": c.rope_theta,  # transformers 4, and the next
+        "rope_scaling": rope if c.rope_factor != 1 else None,
+        "rope_parameters": {**rope, "rope_theta": c.rope_theta},  # transformers 5
+        "torch_dtype": dtype_name,  # 4
+        "dtype": dtype_name,  # 5
+        "bos_token_id": tokenizer.start[0] if tokenizer and tokenizer.start else None,
+        "eos_token_id": tokenizer.eot if tokenizer else None,
+    }
+    if model_type == "qwen3_moe":
+        theirs |= {
+            "num_local_experts": c.n_experts,  # 5; 4 says num_experts
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": list(range(min(c.n_dense_layers, c.n_layers))),
+            "intermediate_size": c.hidden_dim * c.top_k,  # of the dense layers
+        }
+    return theirs
+
+
+def from_hf_config(theirs: dict) -> Config:
+    """The Config of a config.json of transformers 4 or 5; ValueError where ours can't say it."""
+    model_type = theirs.get("model_type")
+    theirs, window = {"tie_word_embeddings": False, **theirs}, theirs.get("sliding_window")
+    if model_type == "mistral":  # Llama with a window
+        model_type, window = "llama", theirs.get("sliding_window", 4096)
+    if model_type not in [*FAMILIES]:
+        raise ValueError(f"model_type {model_type!r:.40} is none of {[*FAMILIES, 'mistral']}")
+    if model_type == "llama" and theirs.get("num_key_value_heads") is None:  # Llama 1
+        theirs["num_key_value_heads"] = theirs["num_attention_heads"]
+    if model_type == "qwen3_moe" and "num_experts" not in theirs:  # transformers 5
+        theirs["num_experts"] = theirs["num_local_experts"]
+    theirs.setdefault("head_dim", 128 if model_type == "qwen3" else None)
+    kinds = {int: (int,), float: (int, float), bool: (bool,), int | None: (int, type(None))}
+    values, keys = {"n_experts": 1, "top_k": 1}, FAMILIES[model_type].keys
+    for field in dataclasses.fields(Config):
+        if field.name in keys:
+            value = values[field.name] = theirs[keys[field.name]]
+            if type(value) not in kinds[field.type]:
+                kind = kinds[field.type][0].__name__
+                raise ValueError(f"{keys[field.name]}={value!r:.60} is no {kind}")
+    if model_type.startswith("qwen3") and not theirs.get("use_sliding_window", False):
+        window = None
+    if window is not None and window < values["seq_len"]:
+        raise ValueError(
+            f"sliding_window={window} is shorter than the context of {values['seq_len']}, and only "
+            f"full attention is supported; set max_position_embeddings to {window} to use less"
+        )
+    refuse_unknown(model_type, theirs, values)
+    values["n_dense_layers"] = len(theirs.get("mlp_only_layers") or [])
+    values["qk_norm"] = model_type.startswith("qwen3")
+    return Config(**values, **read_rope(theirs, 1e6 if model_type == "mixtral" else 1e4))
+
+
+def refuse_unknown(model_type: str, theirs: dict, values: dict) -> None:
+    """ValueError names what is switched on in config.json and isn't computed here."""
+    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    only |= {"quantization_config": None, "decoder_sparse_step": 1, "partial_rotary_factor": 1.0}
+    theirs = {**only, "norm_topk_prob": model_type != "qwen3_moe", **theirs}
+    for key, value in {**only, "norm_topk_prob": True}.items():
+        if theirs[key] != value:
+            raise ValueError(f"{key}={theirs[key]!r:.60} is not supported, only {value!r}")
+    if kinds := {*(theirs.get("layer_types") or [])} - {"full_attention"}:
+        raise ValueError(f"layer_types {kinds!r:.60} are not supported, only full attention")
+    if values["seq_len"] > 1 << 20:
+        raise ValueError(f"max_position_embeddings={values['seq_len']} is more than {1 << 20}")
+    if len(FAMILIES[model_type].keys) > len(KEYS) and values["n_experts"] == 1:
+        raise ValueError("a router over a single expert is not supported; save it as a Llama")
+    dense, wide = theirs.get("mlp_only_layers") or [], values["hidden_dim"] * values["top_k"]
+    if dense and (dense != [*range(len(dense))] or theirs.get("intermediate_size") != wide):
+        raise ValueError(
+            f"mlp_only_layers={dense!r:.60} is only supported for the first layers, and with "
+            f"intermediate_size={wide}, as wide as the experts chosen"
+        )
+
+
+def read_rope(theirs: dict, theta: float) -> dict[str, float]:
+    """Our fields of RoPE, from either dialect; theta: the family's own, where the file has none."""
+    places = ("rope_parameters", "rope_scaling")
+    given = {key: value for place in places for key, value in (theirs.get(place) or {}).items()}
+    rope = {"rope_type": given.get("type", "default"), "partial_rotary_factor": 1.0, **given}
+    expected, factor = {"rope_type": "default", "partial_rotary_factor": 1.0}, 1.0
+    if rope["rope_type"] == "llama3":
+        expected, factor = expected | LLAMA3_ROPE, rope.pop("factor", None)
+    twice = rope.pop("type", rope["rope_type"]) != rope["rope_type"]
+    theta = rope.pop("rope_theta", theirs.get("rope_theta", theta))
+    twice |= theirs.get("rope_theta", theta) != theta
+    if twice or rope != expected or {type(theta), type(factor)} - {int, float}:
+        raise ValueError(
+            f"RoPE with {given!r:.160} is not supported, only the plain one and Llama 3.1's"
+        )
+    return {"rope_theta": float(theta), "rope_factor": float(factor)}
+
+
+def hf_tensors(model: LaMoE) -> dict[str, Tensor]:
+    """Their name -> our tensor, or the view of it that they keep apart: to write, or to read into.
+
+    The first half of gate_up_proj's rows is their gate, the second their up; expert e is row e.
+    """
+    c, family = model.config, FAMILIES[family_of(model.config)]
+    tensors = {"model.embed_tokens": model.embed.weight, "model.norm": model.norm.weight}
+    if not c.tie_embeddings:
+        tensors["lm_head"] = model.head.weight
+    gate, up, down = family.gate_up_down
+    for i, block in enumerate(model.blocks):
+        at, ffn = f"model.layers.{i}", block.ffn
+        tensors[f"{at}.input_layernorm"] = block.attn_norm.weight
+        tensors[f"{at}.post_attention_layernorm"] = block.ffn_norm.weight
+        for name, weight in block.attn.named_parameters():  # q_proj.weight, ...
+            tensors[f"{at}.self_attn.{name.removesuffix('.weight')}"] = weight
+        if isinstance(ffn, SwiGLU):
+            parts = [(f"{at}.{family.ffn}", ffn.gate_up_proj.weight, ffn.down_proj.weight)]
+        else:
+            tensors[f"{at}.{family.ffn}.gate"] = ffn.router.weight
+            both = zip(ffn.experts.gate_up_proj, ffn.experts.down_proj, strict=True)
+            parts = [(f"{at}.{family.ffn}.experts.{e}", *two) for e, two in enumerate(both)]
+        for name, gate_up_proj, down_proj in parts:
+            tensors[f"{name}.{gate}"], tensors[f"{name}.{up}"] = gate_up_proj.chunk(2)
+            tensors[f"{name}.{down}"] = down_proj
+    return {f"{name}.weight": tensor.detach() for name, tensor in tensors.items()}
+
+
+# The safetensors format: 8 bytes with the length of a header; the header, JSON, which gives each
+# tensor's dtype, shape and place; then the bytes of the tensors.
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies on disk."""
+
+    path: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Wider dtypes first, so that each tensor is aligned."""
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape)}
+        header[name]["data_offsets"] = [start, end]
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors in a safetensors file; nothing of it is believed unchecked."""
+    try:
+        size, stored = path.stat().st_size, {}
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size - 8, 100 << 20):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            (start, end), shape = entry["data_offsets"], tuple(entry["shape"])
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{name} is in {entry['dtype']!r:.20}; only {[*DTYPES]} are read")
+            dtype, whole = DTYPES[entry["dtype"]], all(type(n) is int for n in (start, end, *shape))
+            if not whole or not 0 <= start <= end or min((0, *shape)) < 0:
+                raise ValueError(f"{name} has impossible numbers")
+            if end - start != math.prod(shape) * dtype.itemsize or end > size - 8 - length:
+                raise ValueError(f"{name} does not lie in the file whole; is it truncated?")
+            stored[name] = Stored(path, 8 + length + start, dtype, shape)
+        return stored
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(f"{error}".split())[:200]
+        raise ValueError(f"{path} is not a whole safetensors file: {reason}") from None
+
+
+def read_into(target: Tensor, file, stored: Stored) -> None:
+    """Bytes go from the file straight into the weight, if that is on the CPU and of their dtype."""
+    direct = target.device.type == "cpu" and target.dtype == stored.dtype
+    landing = target if direct else torch.empty(stored.shape, dtype=stored.dtype)
+    file.seek(stored.start)
+    if file.readinto(landing.view(torch.uint8).numpy()) != landing.nbytes:
+        raise ValueError(f"{stored.path} ends in the middle of a tensor; fetch it again")
+    if not direct:
+        target.copy_(landing)
+
+
+def find_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder, in one file or in shards."""
+    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if not (folder / files[0]).exists() and index.exists():
+        shards = read_json(index).get("weight_map")
+        files = list(shards.values()) if isinstance(shards, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in files):
+            raise ValueError(f"{index} names no files of this folder; fetch it again")
+    elif not (folder / files[0]).exists() and [*folder.glob("pytorch_model*.bin")]:
+        raise ValueError(
+            f'{folder} has its weights in pytorch_model.bin; convert them: python -c "from '
+            f"transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    headers = [read_header(folder / name) for name in sorted(set(files))]
+    return {name: stored for header in headers for name, stored in header.items()}
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(f"{error}".split())[:200]
+        raise ValueError(f"{path} can't be read as JSON: {reason}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content
+
+
+class NoInit(torch.overrides.TorchFunctionMode):
+    """Inside, weights get no first values: those about to be read would only lose time on them."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return args[0] if function is Tensor.zero_ else function(*args, **(kwargs or {}))
+
+
+def reserve(c: Config, device: str, dtype: torch.dtype) -> LaMoE:
+    """A model whose weights have no values yet."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device), NoInit():
+            return LaMoE(c)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def load_hf(folder: str | os.PathLike, device: str, dtype: torch.dtype | None):
+    """`load` for a Hugging Face folder: weights stream in, without a second copy in memory."""
+    import bpe
+
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        if (folder / "params.json").exists():
+            raise ValueError(
+                f"{folder} is in Meta's own layout; convert it (transformers 4): python -m "
+                f"transformers.models.llama.convert_llama_weights_to_hf --input_dir {folder} "
+                f"--output_dir NEW_FOLDER"
+            )
+        raise ValueError(
+            f"{folder} is not a readable checkpoint, nor a Hugging Face folder: it has no "
+            f"config.json; name a .pt file, such as {folder}/best.pt"
+        )
+    theirs, stored = read_json(folder / "config.json"), find_tensors(folder)
+    try:
+        c = from_hf_config(theirs)
+        check_sizes(c, stored)
+        if dtype is None:
+            is_bf16 = stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+            dtype = torch.bfloat16 if is_bf16 else torch.float32
+        model = reserve(c, device, dtype)
+        check_tensors(hf_tensors(model), stored, c.tie_embeddings)
+    except KeyError as error:
+        raise ValueError(f"{folder}/config.json lacks {error}") from None
+    except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        reason = " ".join(f"{error}".split())[:300]
+        raise ValueError(f"{folder} can't be read: {reason}") from None
+    read_weights(model, stored)
+    ends = theirs.get("eos_token_id")
+    tokenizer = bpe.load_hf(folder, c.vocab_size, ends[0] if isinstance(ends, list) else ends)
+    return model.eval(), tokenizer
+
+
+def read_weights(model: LaMoE, stored: dict[str, Stored]) -> None:
+    """Fills the model, file by file, each from its beginning to its end."""
+    for i, block in enumerate(model.blocks):
+        if isinstance(block.ffn, MoE):  # computes in fp32: what is stored so isn't rounded
+            gate = stored[f"model.layers.{i}.{FAMILIES[family_of(model.config)].ffn}.gate.weight"]
+            block.ffn.router.to(torch.promote_types(model.embed.weight.dtype, gate.dtype))
+    targets = hf_tensors(model)
+    for path in sorted({stored[name].path for name in targets}):
+        names = [name for name in targets if stored[name].path == path]
+        with open(path, "rb") as file:
+            for name in sorted(names, key=lambda name: stored[name].start):
+                read_into(targets[name], file, stored[name])
+
+
+def check_sizes(c: Config, stored: dict[str, Stored]) -> None:
+    """Refuses a config far from its files, before memory is reserved for what it promises."""
+    if c.n_layers * c.n_experts > len(stored):
+        raise ValueError(f"{c.n_layers} layers of {c.n_experts} experts are not in its files")
+    shapes = {
+        "model.embed_tokens": (c.vocab_size, c.dim),
+        "model.layers.0.self_attn.q_proj": (c.n_heads * c.head_size, c.dim),
+    }
+    for name, shape in shapes.items():
+        found = stored.get(f"{name}.weight")
+        if not found or found.shape != shape:
+            there = f"is {[*found.shape]}" if found else "is missing"
+            raise ValueError(f"{name}.weight {there}, by its config {[*shape]}")
+
+
+def check_tensors(expected: dict[str, Tensor], stored: dict[str, Stored], tied: bool) -> None:
+    """ValueError names tensors that are missing, not known, or of another shape than config's."""
+    known = {name for name in stored if name.endswith("rotary_emb.inv_freq")}  # of old files
+    known |= {"lm_head.weight"} if tied else set()  # a copy of the embedding
+    missing, more = expected.keys() - stored.keys(), stored.keys() - expected.keys() - known
+    for word, names in (("lacks", missing), ("has unexpected", more)):
+        if names:
+            some = ", ".join(sorted(names)[:3])
+            raise ValueError(f"it {word} {len(names)} tensors: {some}{', ...' * (len(names) > 3)}")
+    for name, tensor in expected.items():
+        if (shape := stored[name].shape) != tensor.shape:
+            raise ValueError(f"{name} is {[*shape]}, by its config {[*tensor.shape]}")
+
+
+def save_hf(model: LaMoE, tokenizer, folder: str | os.PathLike, shard_bytes: int = 5 * 10**9):
+    """Writes a folder that transformers opens: config, weights, and the tokenizer if not None.
+
+    The folder is new or empty, and appears whole: it is written under another name first.
+    """
+    import bpe
+
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already; name a new folder")
+    if tokenizer and tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model "
+            f"{model.config.vocab_size}; export them as they were trained"
+        )
+    theirs = to_hf_config(model.config, model.embed.weight.dtype, tokenizer)
+    ends = {key: theirs[key] for key in ("bos_token_id", "eos_token_id")}
+    texts = {"config.json": theirs, "generation_config.json": ends}
+    shards = shard(hf_tensors(model), shard_bytes)
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+        total = sum(t.nbytes for tensors in shards.values() for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        texts["model.safetensors.index.json"] = index
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for name, content in texts.items():
+            bpe.write_text(temporary / name, json.dumps(content, indent=2) + "\n")
+        for name, tensors in shards.items():
+            write_safetensors(temporary / name, tensors)
+        if tokenizer:
+            tokenizer.save_hf(temporary)
+        if folder.exists():
+            folder.rmdir()
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def shard(tensors: dict[str, Tensor], limit: int) -> dict[str, dict[str, Tensor]]:
+    """{file name: its tensors}, in order, each file at most `limit` bytes (or one tensor)."""
+    parts, size = [{}], 0
+    for name, tensor in tensors.items():
+        if parts[-1] and size + tensor.nbytes > limit:
+            parts, size = [*parts, {}], 0
+        parts[-1][name], size = tensor, size + tensor.nbytes
+    if len(parts) == 1:
+        return {"model.safetensors": tensors}
+    n = len(parts)
+    return {f"model-{i:05}-of-{n:05}.safetensors": part for i, part in enumerate(parts, 1)}
+
+
+def main() -> None:
+    class OneLine(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"error: {message}; see python lamoe.py --help\n")
+
+    parser = OneLine("lamoe.py", description="Write a model as a Hugging Face folder.")
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="such as runs/stories/best.pt")
+    parser.add_argument("folder", metavar="FOLDER", help="a new folder")
+    args = parser.parse_args()
+    try:
+        model, tokenizer = load(args.checkpoint)
+        save_hf(model, tokenizer, args.folder)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}".splitlines()[0], file=sys.stderr)
+        sys.exit(2)
+    architecture = FAMILIES[family_of(model.config)].architecture
+    print(f"{args.folder}: a {architecture}; transformers opens it, and so does sample.py --model")
+
+
+if __name__ == "__main__":
+    main()

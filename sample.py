@@ -5,6 +5,7 @@
     python sample.py                                     no prompt: User: / Model: until exit
     python sample.py "Once, upon a time" --show_experts  and which expert each token went to
     python sample.py --text book.txt --html book.html    the same of a text, and as a page
+    python sample.py "Once" --model FOLDER --dtype bf16  a Hugging Face folder: Llama, Mixtral, ...
 
 Text appears as it is drawn, a character only once all its bytes are there. The same seed and flags
 give the same text.
@@ -47,7 +48,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     share = number(float, lambda p: 0 < p <= 1, "above 0 and at most 1")
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue; without it, a conversation")
-    add("--model", metavar="PATH", help="a checkpoint; default: best.pt of the newest run")
+    add("--model", metavar="PATH", help="a checkpoint, or a Hugging Face folder; default: newest")
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: as it is stored")
     add("--max_new_tokens", type=count, default=200)
     add("--temperature", type=number(float, lambda t: t >= 0, "0 or more"), default=0.8)
     add("--top_k", type=count, help="draw from the k likeliest tokens")
@@ -137,7 +139,8 @@ def answer(model, tokenizer, prompt: str, args, generator: torch.Generator) -> l
 
     A single one is printed as it comes, several when they are there: whole, one after the other.
     """
-    ids, seq_len = [tokenizer.eot, *tokenizer.encode(prompt)], model.config.seq_len
+    ids = [*tokenizer.start, *tokenizer.encode(prompt)] or [tokenizer.eot]
+    seq_len = model.config.seq_len
     if len(ids) >= seq_len:
         raise ValueError(
             f"the prompt has {len(ids) - 1} tokens and the model reads {seq_len} at most; "
@@ -528,9 +531,13 @@ def respond(model, tokenizer, args, generator, prompt: str) -> None:
 
 def run(args) -> None:
     args.device, path = lamoe.pick_device(args.device), args.model or newest_model()
-    model, tokenizer = lamoe.load(path, args.device)
+    dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    model, tokenizer = lamoe.load(path, args.device, dtype)
     if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer; make a model with one: python train.py")
+        raise ValueError(
+            f"{path} has no tokenizer; make a model with one (python train.py), or put the model's "
+            f"tokenizer.json there"
+        )
     if args.show_experts:
         layers_to_show(model.config, args.layer)
     if args.html:

@@ -3,6 +3,7 @@
     python train.py                              the embedded corpus, minutes on a laptop
     python train.py --data book.txt              your own text: a file, a folder, a zip, or A,B,C
     python train.py --resume                     go on where the newest run stopped
+    python train.py --init FOLDER --data book.txt  fine-tune a Hugging Face model, or a checkpoint
     python train.py --device cuda
     python train.py --plot runs/A runs/B         runs in one picture
 
@@ -62,6 +63,7 @@ class TrainConfig:
     data: str = "stories"  # an embedded corpus, a public set, a file, folder or zip; or A,B,C
     text_column: str = ""  # of csv and jsonl files; empty: guessed
     out: str = ""  # the run's folder; empty: runs/ and the data's name
+    init: str = ""  # Hugging Face folder or checkpoint: weights, config and tokenizer to start from
     device: str = "auto"  # auto, cpu, cuda or mps
     preset: str = ""  # laptop or gpu; empty: by device
     tokenizer: str = "bpe"  # bpe (trained on the data) or bytes
@@ -110,6 +112,7 @@ TEXTS = (
     (1e8, {"vocab_size": 2048, "seq_len": 256, "n_layers": 3, "lr": 8e-3, "weight_decay": 0.1}),
     (math.inf, {"vocab_size": 8192, "seq_len": 512, "lr": 4e-3, "weight_decay": 0.1}),
 )
+TUNE = {"lr": 2e-4, "muon_lr": 5e-4}  # with --init: what is known already is not to be torn down
 CLASSES = (TrainConfig, lamoe.Config)
 
 
@@ -601,8 +604,8 @@ class Data(typing.NamedTuple):
     source_of_byte: np.ndarray | None  # of the validation text, where there is more than one
 
 
-def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) -> Data:
-    """Text -> tokenizer (the checkpoint's, if there is one) -> ids on disk -> windows."""
+def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus, ready=None) -> Data:
+    """Text -> tokenizer (the checkpoint's, or one that is ready) -> ids on disk -> windows."""
     n_bytes = corpus.train.n_bytes
     say(f"data       {settings.data}: {corpus.how}; {n_bytes / 1e6:.1f} MB to train on")
     if saved and saved["text"] != corpus.key:
@@ -610,7 +613,7 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus) ->
             f"the text of {settings.data} is not the one this run began with; bring that back, or "
             f"start a new run with another --out"
         )
-    tokenizer = Tokenizer.from_state(saved["tokenizer"]) if saved else None
+    tokenizer = Tokenizer.from_state(saved["tokenizer"]) if saved else ready
     tokenizer = tokenizer or make_tokenizer(settings, known, corpus)
     name = hashlib.sha256(json.dumps(tokenizer.state()).encode()).hexdigest()[:12]
     train_ids, val_ids = (
@@ -676,8 +679,11 @@ def by_source(score: Score, data: Data) -> dict:
     }
 
 
-def settle(given: dict, saved: dict | None, corpus) -> tuple[TrainConfig, dict]:
-    """Settings, and fields of lamoe.Config: by flag, else by the text's size, else by preset."""
+def settle(given: dict, saved: dict | None, corpus, init=None) -> tuple[TrainConfig, dict]:
+    """Settings, and fields of lamoe.Config: by flag, else by the text's size, else by preset.
+
+    init: the Config of the model to start from; flags can't change what its weights depend on.
+    """
     if saved:
         settled = {**saved["config"], **saved["train_config"], **saved["given"]}
         for name, value in given.items():
@@ -698,12 +704,35 @@ def settle(given: dict, saved: dict | None, corpus) -> tuple[TrainConfig, dict]:
     by_text = next(suits for limit, suits in TEXTS if corpus.train.n_bytes < limit)
     flags = {name: value for name, value in given.items() if (name, value) != ("steps", 0)}
     known = {**PRESETS[preset], **by_text, **flags}
+    if init:
+        known = {**known, **TUNE, **fit(init, known["seq_len"], flags), **flags}
     settings = fill(TrainConfig, {**known, "device": device, "preset": preset})
     settings.dtype = pick_dtype(settings.dtype, device)
     fields = {f.name for f in dataclasses.fields(lamoe.Config)}
     known = {name: value for name, value in known.items() if name in fields}
     check_memory(lamoe.Config(**known))  # mistakes, before any work is done
     return settings, known
+
+
+FREE = ("seq_len", "balance_weight", "z_weight", "jitter", "capacity_factor", "bias_rate")
+
+
+def fit(init: lamoe.Config, seq_len: int, flags: dict) -> dict:
+    """The fields of a model to start from, cut to seq_len; a flag may change those in FREE."""
+    fields = {**dataclasses.asdict(init), "seq_len": min(seq_len, init.seq_len)}
+    if "tokenizer" in flags:
+        raise ValueError(f"--tokenizer: {flags['init']} brings its own; leave it out")
+    for name, value in flags.items():
+        if name in fields and name not in FREE and value != fields[name]:
+            raise ValueError(
+                f"--{name} {value} differs from the {fields[name]} of {flags['init']}; leave it out"
+            )
+    if flags.get("seq_len", 0) > init.seq_len:
+        raise ValueError(
+            f"--seq_len {flags['seq_len']} is more than the {init.seq_len} positions that "
+            f"{flags['init']} knows; try --seq_len {init.seq_len}"
+        )
+    return fields
 
 
 def keep_freed_memory() -> None:
@@ -743,6 +772,16 @@ RUN_FILES = ("last.pt", "best.pt", "log.csv", "load.csv")
 
 def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def load_init(path: str | None):
+    """(model with fp32 weights, tokenizer) to start from; (None, None) without a path."""
+    if not path:
+        return None, None
+    model, tokenizer = lamoe.load(path, dtype=torch.float32)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer; put the model's tokenizer.json there")
+    return model, tokenizer
 
 
 def first_free(path: str | Path) -> Path:
@@ -1047,13 +1086,15 @@ def train(given: dict, resume: bool) -> None:
     tracker = Tracker(asked["track"] if RANKS.rank == 0 else "")
     with rank_0_first():  # it makes the files that the others then find
         corpus = datasets.read(asked["data"], asked["text_column"], progress=say_in_place)
-        settings, known = settle(given, saved, corpus)
-        data = load_data(settings, known, saved, corpus)
+        init, ready = load_init(given.get("init")) if not saved else (None, None)
+        settings, known = settle(given, saved, corpus, init and init.config)
+        data = load_data(settings, known, saved, corpus, ready)
     config = lamoe.Config(**{**known, "vocab_size": data.tokenizer.vocab_size})
     torch.manual_seed(settings.seed)
     model, done = lamoe.LaMoE(config), {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
-    if saved:
-        model.load_state_dict(saved["model"])
+    if saved or init:
+        model.load_state_dict(saved["model"] if saved else init.state_dict())
+    del init
     parallel = spread(model, settings)
     optimizers, meter = make_optimizers(model, settings), Meter(model)
     if saved:
@@ -1291,7 +1332,8 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
         say(f"           a name or thing to be recalled costs {bits:.3f} bits")
     opening = "Once, upon a time" if settings.data == "stories" else "\n"
     if model.config.eval_capacity_factor is None:  # else there is no generating: see lamoe.forward
-        ids = torch.tensor([[tokenizer.eot, *tokenizer.encode(opening)]], device=settings.device)
+        ids = [*tokenizer.start, *tokenizer.encode(opening)]
+        ids = torch.tensor([ids], device=settings.device)
         generator = torch.Generator(settings.device).manual_seed(settings.seed)
         new = model.generate(ids, 150, 0.8, min_p=0.02, stop=tokenizer.eot, generator=generator)
         text = tokenizer.decode([token.item() for token in new]).removesuffix("<|endoftext|>")

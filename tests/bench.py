@@ -279,7 +279,11 @@ def bench_scaling() -> None:
 def bench_largest() -> None:
     """Under torchrun: a model that FSDP2 trains on these GPUs and that one of them can't hold."""
     shape = {"dim": 1024, "n_layers": 24, "n_heads": 16, "n_kv_heads": 8, "hidden_dim": 1408}
-    shape |= {"n_experts": 32 * train.RANKS.world} if GPU else {"dim": 128, "n_heads": 2, "n_kv_heads": 2}
+    shape |= (
+        {"n_experts": 32 * train.RANKS.world}
+        if GPU
+        else {"dim": 128, "n_heads": 2, "n_kv_heads": 2}
+    )
     settings = train.TrainConfig(device=DEVICE, dtype=SETTINGS.dtype, fsdp=True)
     clean()
     model = make("meta", **shape)

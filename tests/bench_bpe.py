@@ -4,6 +4,11 @@
 
 Without files, it gathers some 60 MB of sources and texts of this machine. One text in ten is held
 out: encoding is measured on those, first cold (nothing cached), then warm (median of five).
+
+    python tests/bench_bpe.py --fuzz 1000000
+
+compares the ids of so many random strings with those of the exported tokenizer in transformers and
+in tiktoken (some minutes).
 """
 
 import argparse
@@ -13,7 +18,9 @@ import random
 import statistics
 import sys
 import sysconfig
+import tempfile
 import time
+import unicodedata
 from pathlib import Path
 
 os.environ.setdefault("RAYON_NUM_THREADS", "1")  # one core on both sides
@@ -104,9 +111,104 @@ def bench_bpe(texts, vocab_size=16384, rounds=5):
     print(f'"a" * 1,000,000: {took:.1f} s')
 
 
+PIECES = [
+    *(
+        "the",
+        " cat",
+        "DON'T",
+        "it's",
+        "I'll",
+        "été",
+        "e\u0301",
+        "a\u0300\u0316\u0301",
+        "ſ",
+        "ß",
+        "İ",
+    ),
+    *("😀", "👩\u200d👩\u200d👧", "🏳️\u200d🌈", "👍🏽", "\ufe0f", "\u200d", "\ufeff", "\u00ad"),
+    *("שלום", "مرحبا", "\u202e", "\u200f", "नमस्ते", "กำ", "字字", "한국어", "한", "ﬁ", "Ⅷ"),
+    *(
+        "0",
+        "12345",
+        "٣٤",
+        "²",
+        "3.14",
+        "1,000,000",
+        "\0",
+        "\x01",
+        "\x1b[0m",
+        "\x1c",
+        "\x7f",
+        "\x85",
+    ),
+    *(" ", "  ", "\t", "\n", "\r\n", "\r", "\n\n \n", "\xa0", "\u2028", "\u3000", " \n", "\x0b"),
+    *(
+        "!",
+        "?!",
+        "...",
+        "--",
+        "<|endoftext|>",
+        "<|",
+        "</s>",
+        "_",
+        "'",
+        "''",
+        '"',
+        "=" * 70,
+        "a" * 300,
+    ),
+]
+
+
+def fuzz_text(rng):
+    """A string of pieces at which tokenizers differ, runs of one, and arbitrary characters.
+
+    Not of private or unassigned characters: there the tables of Unicode versions differ.
+    """
+    parts = []
+    for _ in range(rng.choice((1, 2, 3, 5, 8, 20))):
+        kind = rng.random()
+        if kind < 0.7:
+            parts.append(rng.choice(PIECES))
+        elif kind < 0.8:
+            parts.append(rng.choice(PIECES)[:3] * rng.choice((2, 3, 4, 7, 50)))
+        else:
+            limit = rng.choice((0x80, 0x250, 0x3000, 0x10000, 0x20000))
+            letter = chr(rng.randrange(limit))
+            parts.append(letter if unicodedata.category(letter) not in ("Cs", "Cn", "Co") else "x")
+    return "".join(parts)
+
+
+def fuzz(n, texts, vocab_size):
+    """Prints how many of n random strings got the same ids in all three."""
+    from transformers import AutoTokenizer
+
+    import bpe
+
+    tok = bpe.Tokenizer.train(texts, vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        tok.save_hf(folder)
+        auto = AutoTokenizer.from_pretrained(folder)
+    encoding, rng, same, size, start = tok.to_tiktoken(), random.Random(0), 0, 0, time.time()
+    for done in range(0, n, 1000):
+        strings = [fuzz_text(rng) for _ in range(min(1000, n - done))]
+        for text, ids in zip(strings, auto(strings)["input_ids"], strict=True):
+            ours, size = tok.encode(text), size + len(text)
+            if ours == ids == encoding.encode_ordinary(text) and tok.decode(ours) == text:
+                same += 1
+            else:
+                print(f"differs: {text!r}")
+    seconds = time.time() - start
+    print(f"{same:,} of {n:,} strings ({size:,} characters) equal, in {seconds:.0f} s")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*")
     parser.add_argument("--vocab_size", type=int, default=16384)
+    parser.add_argument("--fuzz", type=int, metavar="N", help="compare ids of N random strings")
     args = parser.parse_args()
-    bench_bpe(gather(args.files), args.vocab_size)
+    if args.fuzz:
+        fuzz(args.fuzz, gather(args.files, 5_000_000), args.vocab_size)
+    else:
+        bench_bpe(gather(args.files), args.vocab_size)

@@ -1,0 +1,809 @@
+"""Models and tokenizers go out to Hugging Face's folders and come in from them unchanged.
+
+The oracles are transformers, safetensors and tokenizers: what we write they must open and compute
+the same with, and what they write must open here. No network; every model is tiny and random.
+"""
+
+import dataclasses
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bench_bpe import fuzz_text
+from conftest import assert_close, import_oracle, random_ids, random_model, randomise, small_config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_run import TINY, call, make_text
+
+import bpe
+import lamoe
+import sample
+import train
+from bpe import SPECIAL, Tokenizer
+
+ROOT = Path(lamoe.__file__).parent
+few = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+KINDS = {  # model_type: what makes ours it
+    "llama": dict(n_experts=1),
+    "qwen3": dict(n_experts=1, qk_norm=True),
+    "mixtral": dict(),
+    "qwen3_moe": dict(qk_norm=True),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@st.composite
+def shapes(draw, kind):
+    """Fields of a Config that exports as `kind`."""
+    n_kv_heads, head_dim = draw(st.integers(1, 3)), 2 * draw(st.integers(1, 4))
+    n_heads, n_experts = n_kv_heads * draw(st.integers(1, 3)), draw(st.integers(2, 6))
+    fields = dict(vocab_size=31, seq_len=16, n_layers=draw(st.integers(1, 3)))
+    fields |= dict(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, n_experts=n_experts)
+    fields |= dict(dim=4 * draw(st.integers(1, 5)), hidden_dim=4 * draw(st.integers(1, 4)))
+    fields |= dict(top_k=draw(st.integers(1, n_experts)), tie_embeddings=draw(st.booleans()))
+    fields |= dict(rope_theta=draw(st.sampled_from([100.0, 1e4, 1e6])))
+    fields |= dict(rope_factor=draw(st.sampled_from([1.0, 8.0])))
+    fields |= dict(norm_eps=draw(st.sampled_from([1e-6, 1e-5, 0.1])))
+    if kind == "llama":  # theirs insists
+        fields |= dict(dim=4 * n_heads)
+    if kind == "qwen3_moe":
+        fields |= dict(n_dense_layers=draw(st.integers(0, 1)))
+    return {**fields, **KINDS[kind]}
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # runs without pictures, in less time
+    return tmp_path
+
+
+def fresh(name="folder"):
+    shutil.rmtree(name, ignore_errors=True)
+    return name
+
+
+def theirs(folder, **options):
+    """What transformers makes of a folder."""
+    transformers = import_oracle("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def random_theirs(config, **more):
+    """A random model of transformers with our shape: their class, their initialisation of names."""
+    transformers = import_oracle("transformers")
+    fields = lamoe.to_hf_config(config, torch.float32, None) | more
+    their_config = transformers.AutoConfig.for_model(**fields)
+    return randomise(transformers.AutoModelForCausalLM.from_config(their_config)).eval()
+
+
+def edit_config(folder, **changes):
+    """Changes config.json; None removes a key."""
+    path = Path(folder) / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def to_dialect_4(folder):
+    """config.json as transformers 4 wrote it."""
+    rope = json.loads((Path(folder) / "config.json").read_text())["rope_parameters"]
+    theta, scaled = rope.pop("rope_theta"), rope["rope_type"] != "default"
+    edit_config(folder, rope_parameters=None, dtype=None, torch_dtype="float32", rope_theta=theta)
+    edit_config(folder, rope_scaling=rope if scaled else None)
+
+
+def stored_tensors(folder):
+    """{name: (dtype, shape, bytes)}, as safetensors reads them."""
+    safetensors = import_oracle("safetensors.torch")
+    tensors = {}
+    for path in Path(folder).glob("*.safetensors"):
+        tensors |= safetensors.load_file(path)
+    return {
+        name: (t.dtype, t.shape, t.contiguous().view(torch.uint8).numpy().tobytes())
+        for name, t in tensors.items()
+    }
+
+
+def assert_same_logits(model, twin):
+    ids_BT = random_ids(model.config, 2, model.config.seq_len)
+    with torch.no_grad():
+        ours, other = model(ids_BT).logits, twin(ids_BT).logits.float()
+    assert other.abs().max() > 0.1
+    assert_close(ours, other, 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.oracle
+@every_kind
+@few
+@given(data=st.data())
+def test_what_we_export_transformers_computes_equally(kind, data):
+    model = random_model(lamoe.Config(**data.draw(shapes(kind))), seed=1)
+    lamoe.save_hf(model, None, fresh())
+    twin = theirs("folder")
+    assert twin.config.model_type == kind and twin.dtype == torch.float32
+    assert_same_logits(model, twin)
+
+
+@pytest.mark.oracle
+@every_kind
+@pytest.mark.parametrize("dialect", [4, 5])
+@few
+@given(data=st.data())
+def test_what_transformers_saves_we_compute_equally(kind, dialect, data):
+    config = lamoe.Config(**data.draw(shapes(kind)))
+    twin = random_theirs(config)
+    shard_size = data.draw(st.sampled_from(["5GB", "2KB"]))
+    twin.save_pretrained(fresh(), max_shard_size=shard_size)
+    if dialect == 4:
+        to_dialect_4("folder")
+    model, tokenizer = lamoe.load("folder")
+    assert tokenizer is None and not model.training
+    assert_same_logits(model, twin)
+    for name in ("rope_theta", "rope_factor", "norm_eps", "tie_embeddings", "n_kv_heads"):
+        assert getattr(model.config, name) == getattr(config, name)
+
+
+@pytest.mark.oracle
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load_then_export_gives_identical_bytes_of_every_tensor(kind, dtype):
+    random_theirs(small_config(**KINDS[kind])).to(dtype).save_pretrained("folder")
+    model, _ = lamoe.load("folder")
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    lamoe.save_hf(model, None, "again")
+    assert stored_tensors("again") == stored_tensors("folder")
+    model, _ = lamoe.load("again")
+    lamoe.save_hf(model, None, "third")
+    for path in Path("again").iterdir():
+        assert path.read_bytes() == (Path("third") / path.name).read_bytes()
+
+
+@pytest.mark.oracle
+def test_a_router_stored_in_fp32_stays_exact_in_a_bf16_model():
+    twin = random_theirs(small_config()).to(torch.bfloat16)
+    twin.save_pretrained("folder")
+    path, safetensors = Path("folder/model.safetensors"), import_oracle("safetensors.torch")
+    tensors = safetensors.load_file(path)
+    gates = {k: v.float() + 1e-5 for k, v in tensors.items() if k.endswith("gate.weight")}
+    safetensors.save_file({**tensors, **gates}, path, {"format": "pt"})
+    model, _ = lamoe.load("folder")
+    assert model.embed.weight.dtype == torch.bfloat16
+    assert model.blocks[0].ffn.router.weight.dtype == torch.float32
+    lamoe.save_hf(model, None, "again")
+    assert stored_tensors("again") == stored_tensors("folder")
+
+
+@pytest.mark.oracle
+def test_a_large_model_is_written_in_shards_that_transformers_reads():
+    model = random_model(small_config())
+    lamoe.save_hf(model, None, "folder", shard_bytes=4000)
+    lamoe.save_hf(model, None, "whole")
+    assert len(list(Path("folder").glob("model-*-of-*.safetensors"))) > 3
+    assert stored_tensors("folder") == stored_tensors("whole")
+    assert_same_logits(model, theirs("folder"))
+    assert_same_logits(model, lamoe.load("folder")[0])
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("factor", [1.0, 8.0, 32.0])
+def test_rope_of_llama_3_equals_theirs_over_its_whole_context(factor):
+    config = small_config(head_dim=64, rope_theta=5e5, rope_factor=factor, n_experts=1)
+    rotary = random_theirs(config, max_position_embeddings=131072).model.rotary_emb
+    at = torch.cat([torch.arange(300), torch.arange(300, 131072, 997)])
+    cos, sin = rotary(torch.zeros(1), at[None])
+    ours = lamoe.rope_table(64, 131072, 5e5, factor)
+    for part, other in zip(ours, (cos[0], sin[0]), strict=True):
+        # fp32 angles of 1e5 are known to 0.01
+        assert (part[at] - other).abs().max() < 0.02 and (
+            part[:300] - other[:300]
+        ).abs().max() < 1e-4
+
+
+@pytest.mark.oracle
+def test_mistral_without_a_window_is_a_llama():
+    config = small_config(n_experts=1)
+    random_theirs(config, model_type="mistral", sliding_window=None).save_pretrained("folder")
+    edit_config("folder", sliding_window=16)
+    assert_same_logits(lamoe.load("folder")[0], theirs("folder"))
+    path = Path("folder/config.json")
+    path.write_text(path.read_text().replace('"sliding_window": 16', '"sliding_window": null'))
+    assert_same_logits(lamoe.load("folder")[0], theirs("folder"))
+
+
+@pytest.mark.oracle
+def test_greedy_text_of_200_tokens_equals_transformers():
+    for kind in KINDS:
+        model = random_model(small_config(seq_len=210, vocab_size=50, **KINDS[kind]), seed=3)
+        lamoe.save_hf(model, None, fresh())
+        ids_BT = random_ids(model.config, 1, 4)
+        ours = torch.stack(list(model.generate(ids_BT, 200, temperature=0)), dim=1)
+        options = dict(max_new_tokens=200, do_sample=False, pad_token_id=0)
+        options["attention_mask"] = torch.ones_like(ids_BT)
+        assert torch.equal(ours, theirs("folder").generate(ids_BT, **options)[:, 4:])
+        assert len(ours.unique()) > 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_weights_compute_what_fp32_does_up_to_rounding(kind):
+    model = random_model(small_config(**KINDS[kind]), seed=5)
+    lamoe.save_hf(model, None, "folder")
+    half, _ = lamoe.load("folder", dtype=torch.bfloat16)
+    kinds = {("router" in name, p.dtype) for name, p in half.named_parameters()}
+    assert kinds <= {(False, torch.bfloat16), (True, torch.float32)}
+    assert half.cos.dtype == torch.float32
+    ids_BT = random_ids(model.config, 2, 16)
+    with torch.no_grad():
+        ours, rough = model(ids_BT).logits, half(ids_BT).logits
+    assert 0 < (ours - rough).abs().mean() < 0.05 * ours.abs().mean()
+    cached = torch.stack(list(half.generate(ids_BT[:, :4], 10, temperature=0)))
+    assert cached.shape == (10, 2)
+
+
+def test_bf16_from_a_checkpoint_rounds_all_but_the_router():
+    model = random_model(small_config(), seed=5)
+    checkpoint = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
+    lamoe.save("model.pt", checkpoint)
+    half, _ = lamoe.load("model.pt", dtype=torch.bfloat16)
+    for name, weight in half.named_parameters():
+        assert weight.dtype == (torch.float32 if "router" in name else torch.bfloat16)
+        assert torch.equal(weight, model.get_parameter(name).to(weight.dtype))
+
+
+@pytest.mark.oracle
+@every_kind
+def test_what_a_config_leaves_out_is_the_familys_default(kind):
+    fields = dict(n_heads=2, n_kv_heads=2, head_dim=128 if kind == "qwen3" else None)
+    random_theirs(small_config(**KINDS[kind], **fields)).save_pretrained("folder")
+    left_out = ["rope_parameters", "rope_theta", "head_dim", "tie_word_embeddings", "layer_types"]
+    left_out += ["num_key_value_heads"] if kind == "llama" else []
+    left_out += ["hidden_act", "attention_bias", "sliding_window", "mlp_only_layers"]
+    edit_config("folder", **dict.fromkeys(left_out))
+    twin = theirs("folder")
+    assert lamoe.load("folder")[0].config.rope_theta == twin.config.rope_parameters["rope_theta"]
+    assert_same_logits(lamoe.load("folder")[0], twin)
+
+
+@pytest.mark.oracle
+def test_old_folders_with_redundant_tensors_are_read():
+    twin = random_theirs(small_config(n_experts=1, tie_embeddings=True))
+    twin.save_pretrained("folder")
+    path, safetensors = Path("folder/model.safetensors"), import_oracle("safetensors.torch")
+    tensors = safetensors.load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    safetensors.save_file(tensors, path, {"format": "pt"})
+    assert_same_logits(lamoe.load("folder")[0], twin)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_stream_in_without_a_second_copy_in_memory():
+    config = small_config(dim=512, hidden_dim=1024, n_layers=4, vocab_size=8192, n_experts=8)
+    lamoe.save_hf(lamoe.LaMoE(config).to(torch.bfloat16), None, "folder", shard_bytes=40_000_000)
+    size = sum(path.stat().st_size for path in Path("folder").iterdir())
+    assert size > 100e6
+    code = """if True:
+        import lamoe, bpe
+        def peak():
+            status = dict(line.split(":") for line in open("/proc/self/status"))
+            return 1024 * int(status["VmHWM"].split()[0])
+        before = peak()
+        model, _ = lamoe.load("folder")
+        print(peak() - before)"""
+    run = [sys.executable, "-c", code]
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    grown = int(subprocess.run(run, env=env, capture_output=True, check=True, text=True).stdout)
+    assert 0.5 * size < grown < 1.2 * size
+
+
+# ---------------------------------------------------------------------------------------------
+# Refusals: never a model that is almost right
+# ---------------------------------------------------------------------------------------------
+
+
+def assert_refused(words, call=lambda: lamoe.load("folder")):
+    with pytest.raises(ValueError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_theta": 1e4}
+REFUSED = [
+    ("llama", dict(model_type="gemma"), ["gemma", "mixtral"]),
+    ("llama", dict(model_type=["llama"]), ["model_type"]),
+    ("llama", dict(hidden_act="gelu"), ["hidden_act", "gelu"]),
+    ("llama", dict(attention_bias=True), ["attention_bias"]),
+    ("llama", dict(mlp_bias=True), ["mlp_bias"]),
+    ("llama", dict(quantization_config={"bits": 4}), ["quantization_config"]),
+    ("mixtral", dict(sliding_window=15), ["sliding_window=15", "max_position_embeddings"]),
+    ("qwen3", dict(use_sliding_window=True, sliding_window=8), ["sliding_window=8"]),
+    ("llama", dict(model_type="mistral", max_position_embeddings=5000), ["sliding_window=4096"]),
+    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), ["yarn"]),
+    ("llama", dict(rope_parameters={"rope_type": "linear", "factor": 2.0}), ["linear"]),
+    ("llama", dict(rope_parameters={**LLAMA3, "low_freq_factor": 2.0}), ["low_freq_factor"]),
+    ("llama", dict(rope_parameters={k: LLAMA3[k] for k in LLAMA3 if k != "factor"}), ["llama3"]),
+    ("llama", dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), ["full_attention"]),
+    ("llama", dict(rope_parameters={"partial_rotary_factor": 0.5}), ["partial_rotary_factor"]),
+    ("llama", dict(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2}), ["dynam"]),
+    ("llama", dict(rope_scaling={"type": "yarn", "rope_type": "default"}), ["yarn"]),
+    ("llama", dict(rope_scaling={"type": "linear", "factor": 2.0}), ["linear"]),
+    ("llama", dict(rope_theta=5e5), ["RoPE"]),
+    ("llama", dict(partial_rotary_factor=0.25), ["partial_rotary_factor"]),
+    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), ["sliding_attention"]),
+    ("qwen3_moe", dict(norm_topk_prob=False), ["norm_topk_prob"]),
+    ("qwen3_moe", dict(decoder_sparse_step=2), ["decoder_sparse_step"]),
+    ("qwen3_moe", dict(mlp_only_layers=[1]), ["mlp_only_layers=[1]"]),
+    ("mixtral", dict(num_local_experts=1), ["single expert"]),
+    ("llama", dict(hidden_size="16"), ["hidden_size='16'", "int"]),
+    ("llama", dict(hidden_size=True), ["hidden_size=True"]),
+    ("llama", dict(hidden_size=10**30), ["embed_tokens"]),
+    ("llama", dict(num_attention_heads=3), ["n_kv_heads"]),
+    ("llama", dict(num_hidden_layers=10**12), ["layers"]),
+    ("llama", dict(num_hidden_layers=1), ["unexpected", "model.layers.1."]),
+    ("llama", dict(num_hidden_layers=3), ["lacks", "model.layers.2."]),
+    ("mixtral", dict(num_local_experts=10**9), ["experts"]),
+    ("llama", dict(max_position_embeddings=10**12), ["max_position_embeddings"]),
+    ("llama", dict(intermediate_size=11), ["gate_proj", "[12, 16]", "[11, 16]"]),
+    ("llama", dict(intermediate_size=10**15), ["can't be read"]),
+    ("llama", dict(head_dim=8), ["q_proj", "[16, 16]", "[32, 16]"]),
+    ("llama", dict(vocab_size=24), ["embed_tokens", "[24, 16]"]),
+    ("llama", dict(rms_norm_eps=float("nan")), ["norm_eps"]),
+    ("llama", dict(intermediate_size=None), ["lacks", "intermediate_size"]),
+    ("mixtral", dict(num_experts_per_tok=5), ["top_k=5"]),
+]
+
+
+@pytest.mark.parametrize("kind, changes, words", REFUSED)
+def test_a_config_we_do_not_compute_is_refused_by_name(kind, changes, words):
+    lamoe.save_hf(random_model(small_config(**KINDS[kind])), None, "folder")
+    lamoe.load("folder")
+    edit_config("folder", **changes)
+    assert_refused(["folder", *words])
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(router="noisy"), ["noisy", "--router topk"]),
+        (dict(router="switch"), ["switch", "--router topk"]),
+        (dict(router="deepseek"), ["deepseek", "--router topk"]),
+        (dict(n_shared_experts=1), ["shared experts", "--n_shared_experts 0"]),
+        (dict(n_dense_layers=1), ["dense layers", "--qk_norm"]),
+        (dict(n_experts=1, dim=18, head_dim=4), ["dim=18", "n_heads=4", "--qk_norm"]),
+    ],
+)
+def test_a_model_that_no_family_expresses_is_refused_with_the_reason(fields, words):
+    model = random_model(small_config(**fields))
+    assert_refused(words, lambda: lamoe.save_hf(model, None, "folder"))
+    assert not Path("folder").exists()
+
+
+def test_an_export_never_overwrites_and_never_stays_half_done(monkeypatch):
+    model = random_model(small_config())
+    Path("full").mkdir()
+    Path("full/kept.txt").write_text("mine")
+    assert_refused(["full", "new folder"], lambda: lamoe.save_hf(model, None, "full"))
+    assert_refused(["kept.txt"], lambda: lamoe.save_hf(model, None, "full/kept.txt"))
+    assert Path("full/kept.txt").read_text() == "mine"
+    Path("empty").mkdir()
+    lamoe.save_hf(model, None, "empty")
+    lamoe.save_hf(model, None, "deep/er")
+    monkeypatch.setattr(lamoe, "write_safetensors", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lamoe.save_hf(model, None, "broken")
+    assert sorted(path.name for path in Path().iterdir()) == ["deep", "empty", "full"]
+
+
+def test_weights_in_other_formats_are_refused_with_the_command_that_converts_them():
+    lamoe.save_hf(random_model(small_config()), None, "folder")
+    Path("folder/model.safetensors").rename("folder/pytorch_model.bin")
+    assert_refused(["folder", "pytorch_model.bin", "save_pretrained"])
+    Path("folder/pytorch_model.bin").unlink()
+    assert_refused(["folder", "model.safetensors"])
+    Path("folder/config.json").rename("folder/params.json")
+    assert_refused(["folder", "Meta", "convert_llama_weights_to_hf"])
+    Path("folder/params.json").unlink()
+    assert_refused(["folder", "config.json"])
+
+
+def rewrite_header(change):
+    """Changes the JSON header of folder/model.safetensors."""
+    path = Path("folder/model.safetensors")
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    text = json.dumps(change(header)).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def with_entry(**changes):
+    return lambda header: {**header, "lm_head.weight": {**header["lm_head.weight"], **changes}}
+
+
+BROKEN = {
+    "no number": with_entry(data_offsets=["a", "b"]),
+    "negative": with_entry(data_offsets=[-8, 1464]),
+    "backwards": with_entry(data_offsets=[1472, 0]),
+    "beyond": with_entry(data_offsets=[10**9, 10**9 + 1472]),
+    "too long": with_entry(shape=[10**12, 10**12]),
+    "floats": with_entry(shape=[23.0, 16]),
+    "wrong": with_entry(shape=[16, 23]),
+    "strange": with_entry(dtype="F8_E4M3"),
+    "listed": with_entry(dtype=["F32"]),
+    "list": lambda header: [header],
+    "absent": lambda header: {k: v for k, v in header.items() if k != "lm_head.weight"},
+    "more": lambda header: {**header, "lm_head.bias": header["model.norm.weight"]},
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_header_is_refused(name):
+    lamoe.save_hf(random_model(small_config()), None, "folder")
+    rewrite_header(BROKEN[name])
+    assert_refused(["folder"])
+
+
+def test_a_file_that_ends_early_or_promises_a_huge_header_is_refused():
+    lamoe.save_hf(random_model(small_config()), None, "folder")
+    path = Path("folder/model.safetensors")
+    stored = lamoe.read_header(path)["lm_head.weight"]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    assert_refused(["model.safetensors", "truncated"])
+    short = stored._replace(start=len(whole) - 100)  # cut after its header was read
+    with open(path, "rb") as file:
+        assert_refused(["ends"], lambda: lamoe.read_into(torch.empty(short.shape), file, short))
+    path.write_bytes(b"\xff" * 8 + whole[8:])
+    assert_refused(["model.safetensors", "header"])
+
+
+@few
+@given(data=st.data())
+def test_damaged_files_end_in_one_line(data):
+    tokenizer = Tokenizer.train(["the cat sat on the mat"], 260)
+    lamoe.save_hf(random_model(small_config(vocab_size=260)), tokenizer, fresh(), 9000)
+    path = data.draw(st.sampled_from(sorted(Path("folder").iterdir())))
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    for _ in range(data.draw(st.integers(0, 3)) if content else 0):
+        at = data.draw(st.integers(0, min(len(content), 2000) - 1))
+        content[at] = data.draw(st.sampled_from(b'0"{[]},:9 \xffe-'))
+    path.write_bytes(content)
+    try:
+        lamoe.load("folder")
+    except ValueError as error:
+        assert "\n" not in str(error) and "folder" in str(error)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000, "null", '{"a": 1e999}', "\xff"])
+def test_broken_json_is_refused(name, content):
+    lamoe.save_hf(random_model(small_config()), None, "folder", 4000)
+    (Path("folder") / name).write_bytes(content.encode("latin1"))
+    assert_refused(["folder"])
+
+
+def test_an_index_that_names_files_elsewhere_is_refused():
+    lamoe.save_hf(random_model(small_config()), None, "folder", 4000)
+    for name in ("../secret", "/etc/passwd", 7, "no-such.safetensors"):
+        Path("folder/model.safetensors.index.json").write_text(
+            f'{{"weight_map": {{"a": "{name}"}}}}'
+        )
+        assert_refused(["folder"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokenizers
+# ---------------------------------------------------------------------------------------------
+
+DOCUMENTS = ["It's 2024, isn't it?\n\n  the cat saw été 😀😀 12345  \t x", bpe.__doc__]
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return Tokenizer.train(DOCUMENTS, 500)
+
+
+@pytest.fixture(scope="module")
+def auto(tok, tmp_path_factory):
+    """Our tokenizer as transformers reads it."""
+    folder = tmp_path_factory.mktemp("ours")
+    tok.save_hf(folder)
+    return import_oracle("transformers").AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.oracle
+def test_autotokenizer_and_tiktoken_give_our_ids_on_a_fuzzed_corpus(tok, auto):
+    rng, encoding = random.Random(0), tok.to_tiktoken()
+    texts = ["", SPECIAL, f"a{SPECIAL}b", *(fuzz_text(rng) for _ in range(3000))]
+    for text, other in zip(texts, auto(texts)["input_ids"], strict=True):
+        ids = tok.encode(text)
+        assert ids == other == encoding.encode_ordinary(text), text
+        assert auto.decode(ids) == text
+    assert auto.eos_token_id == auto.bos_token_id == tok.eot and len(auto) == tok.vocab_size
+    text = f"a{SPECIAL}b"
+    special = tok.encode(text, allow_special=True)
+    assert special == auto.encode(text, split_special_tokens=False)
+    assert special == encoding.encode(text, allowed_special="all")
+
+
+def test_our_own_tokenizer_comes_back_as_ours_without_another_package(tok, monkeypatch, tmp_path):
+    tok.save_hf(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    again = bpe.load_hf(tmp_path, tok.vocab_size)
+    assert type(again) is Tokenizer and again.merges == tok.merges
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Lowercase"}  # no longer what ours does
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert_refused(["pip install tokenizers"], lambda: bpe.load_hf(tmp_path, tok.vocab_size))
+
+
+def byte_level():
+    """A tokenizer in the manner of Llama 3: bytes as letters, a token before each text."""
+    t = import_oracle("tokenizers")
+    theirs = t.Tokenizer(t.models.BPE())
+    theirs.pre_tokenizer = t.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = t.decoders.ByteLevel()
+    trainer = t.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=t.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    theirs.train_from_iterator(DOCUMENTS, trainer)
+    theirs.post_processor = t.processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
+    )
+    return theirs, "<|begin|>", "<|end|>"
+
+
+def sentencepiece():
+    """A tokenizer in the manner of Llama 2: a space before each text, bytes for rare characters."""
+    t = import_oracle("tokenizers")
+    first = t.Tokenizer(t.models.BPE())
+    normalizers = [t.normalizers.Prepend("▁"), t.normalizers.Replace(" ", "▁")]
+    first.normalizer = t.normalizers.Sequence(normalizers)
+    trainer = t.trainers.BpeTrainer(vocab_size=200, show_progress=False, limit_alphabet=40)
+    first.train_from_iterator(DOCUMENTS, trainer)
+    model = json.loads(first.to_str())["model"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *model["vocab"]]
+    theirs = t.Tokenizer(
+        t.models.BPE(
+            {token: i for i, token in enumerate(tokens)},
+            [tuple(pair) for pair in model["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    theirs.normalizer = first.normalizer
+    d = t.decoders
+    parts = [d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)]
+    theirs.decoder = d.Sequence(parts)
+    theirs.add_special_tokens(["<unk>", "<s>", "</s>"])
+    theirs.post_processor = t.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return theirs, "<s>", "</s>"
+
+
+def plain_byte_level():
+    """In the manner of Qwen: nothing before a text."""
+    theirs, _, eos = byte_level()
+    theirs.post_processor = import_oracle("tokenizers").processors.ByteLevel()
+    return theirs, None, eos
+
+
+def save_foreign(make, folder):
+    """Its tokenizer files as transformers writes them; returns transformers' own tokenizer."""
+    transformers = import_oracle("transformers")
+    theirs, bos, eos = make()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=theirs, bos_token=bos, eos_token=eos, clean_up_tokenization_spaces=False
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+every_foreign = pytest.mark.parametrize("make", [byte_level, plain_byte_level, sentencepiece])
+
+
+@pytest.mark.oracle
+@every_foreign
+def test_a_foreign_tokenizer_gives_its_own_ids_through_our_interface(make, tmp_path):
+    fast, rng = save_foreign(make, tmp_path), random.Random(1)
+    foreign = bpe.load_hf(tmp_path, 1000)
+    assert foreign.vocab_size == 1000 and foreign.eot == fast.eos_token_id
+    texts = ["Once, upon a time", "", *(fuzz_text(rng) for _ in range(500))]
+    texts = [text for text in texts if fast.eos_token not in text]
+    for text in texts:
+        assert [*foreign.start, *foreign.encode(text)] == fast(text)["input_ids"]
+        decoded = foreign.decode_bytes([*foreign.start, *foreign.encode(text)])
+        assert decoded == (b" " if make is sentencepiece and text else b"") + text.encode()
+    array = foreign.encode_array(texts)
+    assert array.dtype == np.uint16
+    one_by_one = [[*foreign.start, *foreign.encode(text), foreign.eot] for text in texts]
+    assert array.tolist() == [i for ids in one_by_one for i in ids]
+    counted = [text for text in texts if text]  # an empty text gets no space before it
+    size = sum(len(text.encode()) + len(SPECIAL) for text in counted)
+    assert foreign.byte_lengths[foreign.encode_array(counted)].sum() == size
+    special = f"a{fast.eos_token}b"
+    assert foreign.eot not in foreign.encode(special)
+    assert foreign.eot in foreign.encode(special, allow_special=True)
+    with pytest.raises(ValueError, match="lone surrogate U\\+D800"):
+        foreign.encode("\ud800")
+    again = Tokenizer.from_state(json.loads(json.dumps(foreign.state())))
+    assert again.encode(texts[0]) == foreign.encode(texts[0]) and again.start == foreign.start
+    other = tmp_path / "again"
+    other.mkdir()
+    again.save_hf(other)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (other / name).read_text() == (tmp_path / name).read_text()
+
+
+@pytest.mark.oracle
+def test_a_tokenizer_of_another_size_than_the_model_is_refused(tok, tmp_path):
+    import_oracle("tokenizers")
+    tok.save_hf(tmp_path)
+    assert_refused(["outside", str(tmp_path)], lambda: bpe.load_hf(tmp_path, tok.vocab_size - 1))
+    assert bpe.load_hf(tmp_path, tok.vocab_size + 3).vocab_size == tok.vocab_size + 3  # rounded up
+    model = random_model(small_config())
+    assert_refused(["23", str(tok.vocab_size)], lambda: lamoe.save_hf(model, tok, "folder"))
+
+
+@pytest.mark.oracle
+def test_a_foreign_tokenizer_that_we_can_not_decode_is_refused(tmp_path):
+    save_foreign(byte_level, tmp_path)
+    path = tmp_path / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    for change, words in (
+        ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, ["WordPiece"]),
+        ({"decoder": None}, ["decoder"]),
+        ({"model": {"type": "Nonsense"}}, ["tokenizer.json"]),
+        ({"added_tokens": 3}, ["tokenizer.json"]),
+    ):
+        path.write_text(json.dumps({**whole, **change}))
+        assert_refused([str(tmp_path), *words], lambda: bpe.load_hf(tmp_path, 1000))
+    path.write_text(json.dumps(whole))
+    assert_refused(["outside", "300"], lambda: bpe.load_hf(tmp_path, 300))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert_refused(["eos_token"], lambda: bpe.load_hf(tmp_path, 1000))
+    assert bpe.load_hf(tmp_path, 1000, eot=1).eot == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# The programs
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A finished run, tiny, but with every other flag at its default, and a BPE of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "book.txt").write_text(make_text())
+    flags = [flag for flag in TINY if flag not in ("--tokenizer", "bytes")]
+    data = ["--data", folder / "book.txt", "--out", folder / "run", "--vocab_size", 300]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        assert call(train, *data, *flags, "--steps", 4) == 0
+    return folder
+
+
+@pytest.mark.oracle
+def test_what_default_training_makes_exports_and_talks_the_same(run_folder, capsys):
+    assert call(lamoe, "export", run_folder / "run/best.pt", "folder") == 0
+    model, tokenizer = lamoe.load(run_folder / "run/best.pt")
+    twin = theirs("folder")
+    assert type(twin).__name__ == "Qwen3MoeForCausalLM"
+    assert_same_logits(model, twin)
+    auto = import_oracle("transformers").AutoTokenizer.from_pretrained("folder")
+    assert auto("the old cat")["input_ids"] == tokenizer.encode("the old cat")
+    assert twin.generation_config.eos_token_id == auto.eos_token_id == tokenizer.eot
+    capsys.readouterr()
+    greedy = ["the old", "--max_new_tokens", 10, "--temperature", 0]
+    texts = []
+    for path in (run_folder / "run/best.pt", "folder"):
+        assert call(sample, *greedy, "--model", path) == 0
+        texts.append(capsys.readouterr().out)
+    ids = torch.tensor([[tokenizer.eot, *auto("the old")["input_ids"]]])
+    options = dict(max_new_tokens=10, do_sample=False, pad_token_id=0)
+    new = twin.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
+    text = auto.decode(new, skip_special_tokens=True)
+    assert texts[0] == texts[1]
+    assert texts[0].rstrip("\n\ufffd") == text.rstrip("\n\ufffd")
+
+
+def test_the_exports_mistakes_end_in_one_line(run_folder, capsys):
+    for arguments, words in (
+        (["export", "none.pt", "folder"], ["none.pt", "no such file"]),
+        (["export", run_folder / "run/best.pt", run_folder], [str(run_folder), "new folder"]),
+        (["export", "none.pt"], ["FOLDER", "--help"]),
+        (["import", "none.pt", "folder"], ["import", "--help"]),
+    ):
+        assert call(lamoe, *arguments) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and all(word in message for word in words), message
+
+
+@pytest.mark.oracle
+@every_foreign
+def test_a_foreign_folder_samples_fine_tunes_resumes_and_exports(make, run_folder, capsys):
+    config = small_config(vocab_size=1000, seq_len=64)
+    random_theirs(config).save_pretrained("folder")
+    fast = save_foreign(make, "folder")
+    assert call(sample, "Once", "--model", "folder", "--max_new_tokens", 8, "--dtype", "bf16") == 0
+    capsys.readouterr()
+    assert call(sample, "Once", "--model", "folder", "--max_new_tokens", 8, "--temperature", 0) == 0
+    out = capsys.readouterr().out
+    ids = torch.tensor([fast("Once")["input_ids"]])
+    options = dict(
+        max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=fast.eos_token_id
+    )
+    twin = theirs("folder")
+    new = twin.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]
+    _, tokenizer = lamoe.load("folder")
+    text = tokenizer.decode(new.tolist()).removesuffix(SPECIAL)
+    assert out == f"Once{text}\n"
+
+    tune = ["--data", run_folder / "book.txt", "--init", "folder", "--seq_len", 16, "--device"]
+    tune += ["cpu", "--batch_size", 4, "--dtype", "fp32", "--eval_every", 2, "--steps"]
+    assert call(train, *tune, 4, "--out", "whole") == 0
+    start, _ = lamoe.load("folder")
+    tuned, again = lamoe.load("whole/best.pt")
+    assert dataclasses.replace(tuned.config, seq_len=64) == start.config
+    moved = (tuned.embed.weight - start.embed.weight).abs().max()
+    assert 0 < moved < 0.1 and again.files == tokenizer.files
+    lamoe.save_hf(tuned, again, "tuned")
+    assert_same_logits(tuned, theirs("tuned"))
+    auto = import_oracle("transformers").AutoTokenizer.from_pretrained("tuned")
+    assert auto("Once upon")["input_ids"] == fast("Once upon")["input_ids"]
+    assert call(train, "--resume", "--out", "whole") == 0  # finished: says so
+
+
+@pytest.mark.oracle
+def test_a_run_that_starts_from_a_folder_resumes_bit_for_bit(run_folder):
+    from tiny_run import at_training_step, press_ctrl_c
+
+    random_theirs(small_config(vocab_size=1000, seq_len=64)).save_pretrained("folder")
+    save_foreign(byte_level, "folder")
+    flags = ["--data", run_folder / "book.txt", "--init", "folder", "--seq_len", 16]
+    flags += ["--device", "cpu", "--batch_size", 4, "--dtype", "fp32", "--steps", 6]
+    assert call(train, *flags, "--out", "whole") == 0
+    with at_training_step(3, press_ctrl_c):
+        assert call(train, *flags, "--out", "cut") == 130
+    shutil.rmtree("folder")  # all that is needed is in the checkpoint
+    assert call(train, "--resume", "--out", "cut") == 0
+    whole, cut = (lamoe.read(f"{name}/last.pt")["model"] for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_run_can_start_from_our_own_checkpoint_and_its_mistakes_are_named(run_folder, capsys):
+    best = run_folder / "run/best.pt"
+    start = ["--data", run_folder / "book.txt", "--init", best, "--steps", 2, "--device", "cpu"]
+    assert call(train, *start, "--out", "more", "--batch_size", 4, "--seq_len", 8) == 0
+    model, _ = lamoe.load("more/best.pt")
+    assert model.config.qk_norm and model.config.seq_len == 8
+    for flags, words in (
+        (["--dim", 32], ["--dim 32", "16", "leave it out"]),
+        (["--seq_len", 17], ["--seq_len 17", "16"]),
+        (["--tokenizer", "bytes"], ["--tokenizer", "leave it out"]),
+        (["--vocab_size", 500], ["--vocab_size 500"]),
+    ):
+        capsys.readouterr()
+        assert call(train, *start, "--out", "other", *flags) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and all(word in message for word in words), message
+    assert not Path("other").exists()
