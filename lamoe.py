@@ -145,10 +145,15 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     For the one token of a compiled step it is written out as products and a sum: the compiler then
     makes one kernel of it and its neighbours, which reads the weights at the memory's full speed.
     """
-    if torch.compiler.is_compiling() and x.is_cuda and x.numel() == x.shape[-1]:
+    if fusing(x) and x.numel() == x.shape[-1]:
         y = (weight.to(x.dtype) * x.reshape(-1)).sum(-1, dtype=torch.float32)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
+
+
+def fusing(x: Tensor) -> bool:
+    """Whether x is in code being compiled for a GPU, where what is written out gets fused."""
+    return torch.compiler.is_compiling() and x.is_cuda
 
 
 class Linear(nn.Linear):
@@ -248,7 +253,7 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | Non
     """
     B, H, T, K = q_BHTK.shape
     G, S = k_BGSK.shape[1:3]
-    if q_BHTK.numel() == H * K and torch.compiler.is_compiling():
+    if fusing(q_BHTK) and q_BHTK.numel() == H * K:
         return attend_one(q_BHTK, k_BGSK, v_BGSK, mask_TS)
     if mask_TS is None and 1 < T and (T < S or not has_flash(q_BHTK)):
         mask_TS = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).tril(S - T)
@@ -444,7 +449,7 @@ def dispatch(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Ten
 
 def dispatch_one(experts: Experts, x_1D: Tensor, experts_A: Tensor, weights_A: Tensor) -> Tensor:
     """The same for the one token of a step of generation: nothing to sort."""
-    if not x_1D.is_cuda:
+    if not (x_1D.is_cuda or fusing(x_1D)):
         rows = zip(experts_A.tolist(), weights_A, strict=True)
         return sum(expert(x_1D, w, experts.gate_up_proj[e], experts.down_proj[e]) for e, w in rows)
     # A compiled step must not ask which experts these are: that would wait for the GPU. Written so,
@@ -526,7 +531,7 @@ def choose(scores_NE: Tensor, k: int) -> Tensor:
     Compiled, it is k rounds of argmax and mask, which are one kernel; topk would sort each row.
     """
     scores_NE = scores_NE.detach()
-    if not torch.compiler.is_compiling():
+    if not fusing(scores_NE):
         return scores_NE.topk(k).indices
     ids_E, chosen = torch.arange(scores_NE.shape[-1], device=scores_NE.device), []
     for _ in range(k):

@@ -65,7 +65,8 @@ class TrainConfig:
     out: str = ""  # the run's folder; empty: runs/ and the data's name
     init: str = ""  # Hugging Face folder or checkpoint: weights, config and tokenizer to start from
     device: str = "auto"  # auto, cpu, cuda or mps
-    preset: str = ""  # laptop or gpu; empty: by device
+    preset: str = ""  # laptop, gpu or gpu-large; empty: by device
+    draw_mb: int = 0  # text to draw of an embedded corpus [MB]; 0: by preset
     tokenizer: str = "bpe"  # bpe (trained on the data) or bytes
     dtype: str = "auto"  # of matrix products: bf16 or fp32; auto: bf16 where it is faster
     seed: int = 0  # of weights and of the order of batches
@@ -85,7 +86,7 @@ class TrainConfig:
     track: str = ""  # mlflow: log there too, into ./mlruns or MLFLOW_TRACKING_URI
 
     def __post_init__(self):
-        whole, inf = {"eval_every": 0, "save_every": 0, "seed": 0}, math.inf
+        whole, inf = dict.fromkeys(("eval_every", "save_every", "seed", "draw_mb"), 0), math.inf
         whole |= dict.fromkeys(("steps", "batch_size", "grad_accum", "log_every"), 1)
         ranges = {name: (least, 2**63 - 1) for name, least in whole.items()}
         ranges |= {"lr": (0, inf), "muon_lr": (0, inf), "weight_decay": (0, inf)}
@@ -102,8 +103,12 @@ class TrainConfig:
 
 
 LAPTOP = {"qk_norm": True}
-GPU = {**LAPTOP, "steps": 1200, "batch_size": 64, "compile": True}
-PRESETS = {"laptop": LAPTOP, "gpu": GPU}
+GPU = {**LAPTOP, "steps": 1200, "batch_size": 64, "compile": True, "draw_mb": 64}
+# 285M parameters, 115M active, for gigabytes of text; fits a card of 24 GB. 262,144 tokens a step.
+GPU_LARGE = {**GPU, "dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4, "n_experts": 8}
+GPU_LARGE |= {"hidden_dim": 1024, "seq_len": 1024, "vocab_size": 50304, "tie_embeddings": True}
+GPU_LARGE |= {"batch_size": 16, "grad_accum": 16, "steps": 4000, "lr": 1e-3}
+PRESETS = {"laptop": LAPTOP, "gpu": GPU, "gpu-large": GPU_LARGE}
 # Text below so many bytes, and what suits it. A token must be met often to be learned, so small
 # texts get few; a short context makes many windows of them; and they are read several times over,
 # which weight decay keeps from being learned by heart. Where names must be recalled, it does harm.
@@ -679,6 +684,14 @@ def by_source(score: Score, data: Data) -> dict:
     }
 
 
+def device_and_preset(given: dict) -> tuple[str, str]:
+    device = lamoe.pick_device(given.get("device", "auto"))
+    preset = given.get("preset") or ("gpu" if device == "cuda" else "laptop")
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is unknown; try one of {sorted(PRESETS)}")
+    return device, preset
+
+
 def settle(given: dict, saved: dict | None, corpus, init=None) -> tuple[TrainConfig, dict]:
     """Settings, and fields of lamoe.Config: by flag, else by the text's size, else by preset.
 
@@ -697,13 +710,10 @@ def settle(given: dict, saved: dict | None, corpus, init=None) -> tuple[TrainCon
         settings.compile = given.get("compile", settings.compile and settings.device == "cuda")
         settings.fsdp = given.get("fsdp", False)
         return settings, saved["config"]
-    device = lamoe.pick_device(given.get("device", "auto"))
-    preset = given.get("preset") or ("gpu" if device == "cuda" else "laptop")
-    if preset not in PRESETS:
-        raise ValueError(f"preset={preset!r} is unknown; try one of {sorted(PRESETS)}")
+    device, preset = device_and_preset(given)
     by_text = next(suits for limit, suits in TEXTS if corpus.train.n_bytes < limit)
     flags = {name: value for name, value in given.items() if (name, value) != ("steps", 0)}
-    known = {**PRESETS[preset], **by_text, **flags}
+    known = {**by_text, **PRESETS[preset], **flags}
     if init:
         known = {**known, **TUNE, **fit(init, known["seq_len"], flags), **flags}
     settings = fill(TrainConfig, {**known, "device": device, "preset": preset})
@@ -873,7 +883,7 @@ def say_in_place(text: str) -> None:
 
 def join(device: str) -> None:
     """Meets the other ranks; each takes the GPU of its number on this host."""
-    if RANKS.world == 1:
+    if RANKS.world == 1 or dist.is_initialized():
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -895,7 +905,7 @@ def spread(model: lamoe.LaMoE, settings: TrainConfig):
         return model.to(settings.device)
     if not settings.fsdp:
         model.to(settings.device)
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     others = {weight for name, weight in model.named_parameters() if not is_sharded(name)}
@@ -966,9 +976,11 @@ def same_on_all(choose):
 def rank_0_first():
     if RANKS.rank > 0:
         dist.barrier()
-    yield
-    if RANKS.rank == 0 and RANKS.world > 1:
-        dist.barrier()
+    try:
+        yield
+    finally:  # a mistake found here is one that all of them find
+        if RANKS.rank == 0 and RANKS.world > 1:
+            dist.barrier()
 
 
 def on_any_rank(flag: bool) -> bool:
@@ -1082,10 +1094,12 @@ def train(given: dict, resume: bool) -> None:
     folder = same_on_all(lambda: old_folder(given) if resume else new_folder(given))
     held = lock(folder) if resume and RANKS.rank == 0 else None
     saved = usable_checkpoint(folder) if resume else None
-    asked = saved["train_config"] if saved else {**vars(TrainConfig()), **given}
+    presets = PRESETS[device_and_preset(given)[1]]
+    asked = saved["train_config"] if saved else {**vars(TrainConfig()), **presets, **given}
     tracker = Tracker(asked["track"] if RANKS.rank == 0 else "")
     with rank_0_first():  # it makes the files that the others then find
-        corpus = datasets.read(asked["data"], asked["text_column"], progress=say_in_place)
+        size = asked["draw_mb"] * 10**6
+        corpus = datasets.read(asked["data"], asked["text_column"], size, say_in_place)
         init, ready = load_init(given.get("init")) if not saved else (None, None)
         settings, known = settle(given, saved, corpus, init and init.config)
         data = load_data(settings, known, saved, corpus, ready)
@@ -1122,6 +1136,9 @@ def train(given: dict, resume: bool) -> None:
     if RANKS.rank == 0:
         close(folder, settings, data, done)
         tracker.end(folder)
+    if RANKS.world > 1:
+        dist.barrier()  # the others wait for rank 0
+        dist.destroy_process_group()
 
 
 @dataclass

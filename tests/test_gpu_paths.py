@@ -1,0 +1,137 @@
+"""The code that only a GPU runs, held against the plain code, on a CPU.
+
+What asks for a GPU is told that there is one, and what would be compiled to kernels is traced and
+run as it is (backend "aot_eager"): the same Python, the same graph, without a compiler.
+"""
+
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from conftest import random_ids, random_model, seeds, small_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lamoe
+
+ROUTERS = sorted(lamoe.ROUTERS)
+SIZES = {"dim": 16, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "hidden_dim": 8, "n_experts": 4}
+
+
+def masked_grouped_mm(x_SD, w_EDF, offs):
+    """F.grouped_mm by masks: what is compiled needs it in fp32, which torch refuses to trace."""
+    row_S1 = torch.arange(len(x_SD))[:, None]
+    begins = [torch.zeros_like(offs[0]), *offs.unbind()]
+    parts = zip(begins, offs.unbind(), w_EDF.unbind(), strict=False)  # a begin more than ends
+    return sum(((row_S1 >= a) & (row_S1 < b)) * (x_SD @ w_DF) for a, b, w_DF in parts)
+
+
+@pytest.fixture
+def as_on_a_gpu():
+    """grouped_mm, and what is written out for the compiler's sake."""
+    torch._dynamo.reset()
+    compiling = torch.compiler.is_compiling
+    with (
+        mock.patch.object(lamoe, "has_grouped_mm", lambda x: True),
+        mock.patch.object(lamoe, "fusing", lambda x: compiling()),
+        mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")),
+    ):
+        yield
+    torch._dynamo.reset()
+
+
+def results(model, ids_BT):
+    """Loss, aux, load and all gradients; noise is the same each time."""
+    torch.manual_seed(0)
+    out = model(ids_BT[:, :-1], ids_BT[:, 1:])
+    grads = torch.autograd.grad(out.loss + out.aux, list(model.parameters()))
+    return [out.loss, out.aux, out.load, out.dropped, out.logits, *grads]
+
+
+def assert_all_close(ours, theirs, tolerance=1e-5):
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() <= tolerance * (1 + b.abs().max())
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_grouped_products_equal_the_loop_over_experts(router, as_on_a_gpu):
+    model = random_model(small_config(**SIZES, router=router)).train()
+    ids_BT = random_ids(model.config, 3, 9)
+    grouped = results(model, ids_BT)
+    with mock.patch.object(lamoe, "has_grouped_mm", lambda x: False):
+        assert_all_close(grouped, results(model, ids_BT))
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_compiled_training_equals_eager(router, as_on_a_gpu):
+    """Each block is one graph without a break: a break would wait for the GPU."""
+    config = small_config(**SIZES, router=router, n_layers=3, jitter=0.0, qk_norm=True)
+    model = random_model(config).train()
+    ids_BT = random_ids(config, 3, 9)
+    with (
+        mock.patch.object(lamoe.F, "grouped_mm", masked_grouped_mm),
+        mock.patch.object(torch, "randn_like", lambda x: 0 * x),  # else in another order
+    ):
+        eager = results(model, ids_BT)
+        model.compile()
+        torch._dynamo.utils.counters.clear()
+        assert_all_close(results(model, ids_BT), eager)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one block, one loss
+
+
+@pytest.mark.parametrize(
+    "router, n_experts, temperature", [("topk", 1, 0.9), ("topk", 4, 0.0), ("deepseek", 4, 0.9)]
+)
+def test_a_step_of_fixed_shapes_generates_the_same(router, n_experts, temperature, as_on_a_gpu):
+    """What the CUDA graph captures: all S positions and a mask, products written out."""
+    sizes = {**SIZES, "n_experts": n_experts, "n_layers": 2, "seq_len": 24}
+    model = random_model(small_config(**sizes, router=router, qk_norm=True))
+    ids_BT = random_ids(model.config, 1, 3)
+    expected = [
+        int(ids_B)
+        for ids_B in model.generate(
+            ids_BT, 12, temperature, min_p=0.05, generator=torch.Generator().manual_seed(1)
+        )
+    ]
+    step = lamoe.Step(model, 1, 20, (temperature, None, None, 0.05), 1.0, None)
+    step.cache.whole, generator = True, torch.Generator().manual_seed(1)
+    compiled = torch.compile(step.__call__, fullgraph=True, dynamic=False)
+    found = []
+    with torch.inference_mode():
+        for n in range(12):
+            if temperature:
+                step.noise_BV.exponential_(generator=generator)
+            step(ids_BT) if n == 0 else compiled(step.ids_B1)
+            step.cache.length = 0  # a graph doesn't read it, and a change would compile anew
+            found.append(int(step.ids_B1))
+    assert found == expected
+
+
+@given(shape=st.tuples(st.integers(1, 5), st.integers(2, 9)), seed=seeds, data=st.data())
+def test_rounds_of_argmax_choose_what_topk_chooses(shape, seed, data):
+    k = data.draw(st.integers(1, shape[1]))
+    scores_NE = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    with mock.patch.object(lamoe, "fusing", lambda x: True):
+        rounds_NA = lamoe.choose(scores_NE, k)
+    assert torch.equal(rounds_NA, lamoe.choose(scores_NE, k))
+
+
+@given(n=st.integers(1, 40), seed=seeds)
+def test_inverse_undoes_and_count_counts(n, seed):
+    order_S = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(order_S[lamoe.inverse(order_S)], torch.arange(n))
+    ids_S = order_S % 3
+    assert torch.equal(lamoe.count(ids_S, 5), torch.bincount(ids_S, minlength=5))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
+@pytest.mark.parametrize("batch, compile", [(1, False), (3, False), (1, True)])
+def test_a_cuda_graph_generates_what_eager_does(batch, compile):
+    """Greedy, in bf16; compiled products round differently, so there only the beginning."""
+    model = random_model(small_config(**{**SIZES, "dim": 64, "seq_len": 128})).cuda().bfloat16()
+    ids_BT = random_ids(model.config, batch, 5).cuda()
+    eager = torch.stack(list(model.generate(ids_BT, 80, 0.0, graph=False)))
+    graph = torch.stack(list(model.generate(ids_BT, 80, 0.0, graph=True, compile=compile)))
+    same = 5 if compile else 80
+    assert torch.equal(graph[:same], eager[:same])

@@ -1,0 +1,163 @@
+"""Several processes train as one does: the same losses, one checkpoint, whatever their number.
+
+gloo and two processes on a CPU. "One" is a single process with the same flags: --batch_size is that
+of all ranks together.
+"""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
+
+import lamoe
+import train
+
+ROOT = Path(__file__).parents[1]
+CASES = {  # flags beyond the common ones
+    "topk": "",
+    "topk-fsdp": "--fsdp",
+    "deepseek": "--router deepseek --bias_rate 0.01",
+    "deepseek-fsdp": "--router deepseek --bias_rate 0.01 --fsdp",
+    "accumulated": "--grad_accum 2",
+    "accumulated-fsdp": "--grad_accum 2 --fsdp",
+    "dense": "--n_experts 1",
+}
+COMMON = "--data text.txt --steps 20 --log_every 1 --eval_every 10 --save_every 100 --n_layers 2"
+COMMON = [*TINY, *COMMON.split()]
+
+
+def torchrun(folder, *command, check=True):
+    base = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*base, *command], cwd=folder, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def log_of(run):
+    with open(run / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder in which all runs were made, by two ranks and by one."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "text.txt").write_text(make_text())
+    lines = [f"0 {' '.join(COMMON)} {flags} --out {name}-2" for name, flags in CASES.items()]
+    for name in ("topk", "topk-fsdp"):  # to be resumed by one process
+        lines.append(f"8 {' '.join(COMMON)} {CASES[name]} --out {name}-then-1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, flags in CASES.items():
+            flags = flags.replace("--fsdp", "").split()
+            assert call(train, *COMMON, *flags, "--out", f"{name}-1") == 0
+        with at_training_step(8, press_ctrl_c):  # to be resumed by two
+            assert call(train, *COMMON, "--out", "topk-then-2") == 130
+        lines.append("0 --resume --fsdp --device cpu --out topk-then-2")
+        (folder / "runs.txt").write_text("\n".join(lines))
+        torchrun(folder, str(ROOT / "tests" / "ranks.py"))
+        for name in ("topk", "topk-fsdp"):
+            assert call(train, "--resume", "--out", f"{name}-then-1") == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_have_the_losses_of_one(runs, name):
+    """First loss to rounding; then rounding grows with the steps, slowly."""
+    one, two = log_of(runs / f"{name}-1"), log_of(runs / f"{name}-2")
+    assert len(one) == len(two) == 20
+    for column, first, later in (("train_loss", 1e-6, 1e-3), ("aux", 1e-5, 1e-2)):
+        a, b = ([float(row[column]) for row in rows] for rows in (one, two))
+        assert a[0] == pytest.approx(b[0], rel=first), column
+        assert a == pytest.approx(b, rel=later), column
+    assert float(one[0]["grad_norm"]) == pytest.approx(float(two[0]["grad_norm"]), rel=1e-4)
+    scores = [float(rows[9]["val_bits_per_byte"]) for rows in (one, two)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["topk", "deepseek"])
+def test_balance_is_that_of_all_ranks(runs, name):
+    """The load in the first row, before weights differ by rounding, is exactly the same."""
+    one, two = log_of(runs / f"{name}-1"), log_of(runs / f"{name}-2")
+    assert one[0]["load_max_over_mean"] == two[0]["load_max_over_mean"]
+
+
+def test_the_bias_moves_with_the_load_of_all_ranks(runs):
+    """Each rank sees half of the tokens; a bias of its own half would soon differ."""
+    models = [lamoe.read(runs / f"deepseek-{n}" / "last.pt")["model"] for n in (1, 2)]
+    biases = [{k: v for k, v in model.items() if k.endswith("bias")} for model in models]
+    assert biases[0].keys() == biases[1].keys() and len(biases[0]) == 2
+    for name, bias in biases[0].items():
+        assert bias.any() and (bias - biases[1][name]).abs().max() < 0.021  # two steps of 20
+
+
+@pytest.mark.parametrize("name", ["topk", "topk-fsdp"])
+def test_shards_are_saved_whole(runs, name):
+    one, two = (lamoe.read(runs / run / "last.pt") for run in ("topk-1", f"{name}-2"))
+    assert one["model"].keys() == two["model"].keys()
+    for key, weight in one["model"].items():
+        assert type(two["model"][key]) is torch.Tensor and two["model"][key].shape == weight.shape
+        assert (two["model"][key] - weight).abs().mean() < 0.2 * weight.abs().mean(), key
+    for mine, theirs in zip(one["optimizers"], two["optimizers"], strict=True):
+        assert mine["state"].keys() == theirs["state"].keys()
+        for i, state in mine["state"].items():
+            shapes = [{k: v.shape for k, v in s.items()} for s in (state, theirs["state"][i])]
+            assert shapes[0] == shapes[1]
+    lamoe.load(runs / f"{name}-2" / "best.pt")
+
+
+@pytest.mark.parametrize("name", ["topk-then-1", "topk-fsdp-then-1", "topk-then-2"])
+def test_a_checkpoint_of_n_ranks_resumes_on_m(runs, name):
+    whole, resumed = log_of(runs / "topk-1"), log_of(runs / name)
+    assert [row["step"] for row in resumed] == [row["step"] for row in whole]
+    for a, b in zip(whole, resumed, strict=True):
+        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-3)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_text(make_text())
+    done = torchrun(tmp_path, str(ROOT / "train.py"), *COMMON, "--batch_size", "3", check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: batch_size=3 is not divisible by 2 processes; try --batch_size 4"]
+
+
+def test_a_dead_rank_ends_the_run_with_a_clear_line(tmp_path):
+    (tmp_path / "text.txt").write_text(make_text())
+    (tmp_path / "die.py").write_text(
+        f"import sys, os; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import train, tiny_run, signal, time\n"
+        "with tiny_run.at_training_step(5, lambda: train.RANKS.rank and os._exit(9)):\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # let the other find out by itself\n"
+        "    train.main()\n"
+    )
+    done = torchrun(tmp_path, "die.py", *COMMON, "--out", "run", check=False)
+    assert done.returncode != 0
+    assert "go on: add --resume" in done.stderr
+
+
+@pytest.mark.parametrize("shapes", [[(8, 8), (8, 8), (4, 8)], [(12, 4), (4, 12), (12, 4)]])
+def test_batched_muon_equals_torchs(shapes):
+    """Also tall and wide matrices, several of one shape, one without a gradient."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in (*shapes, (3, 3))]
+    theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
+    mine = train.Muon(ours, lr=0.02, weight_decay=0.1)
+    oracle = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
+    for _ in range(5):
+        for a, b in zip(ours[:-1], theirs[:-1], strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        mine.step()
+        oracle.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_orthogonal_brings_singular_values_near_1():
+    x = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values = torch.linalg.svdvals(train.orthogonal(x).float())
+    assert values.min() > 0.5 and values.max() < 1.3
