@@ -36,6 +36,7 @@ import signal
 import sys
 import time
 import typing
+import warnings
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -1071,15 +1072,19 @@ def compile_blocks(model, parallel, batches: Batches, settings: TrainConfig) -> 
     """Compiles the model, and runs it once, so that no step of the log has that time in it."""
     if not settings.compile:
         return
-    started = time.perf_counter()
+    started, (inputs, targets) = time.perf_counter(), batches(0, settings.device)
+    with autocast(settings):
+        if not lamoe.can_capture(model, inputs):
+            return say("compile    experts need bf16 on an NVIDIA card from Ampere on: not compiled")
     say("compile    writing kernels for this model; about half a minute, less the next time")
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=settings.device))
     except Exception as error:  # whatever a missing compiler makes of it
         return say(f"           there is no compiler here ({first_line(error)}): going on without")
     model.compile()
-    with torch.random.fork_rng():  # as if it had not been
-        inputs, targets = batches(0, settings.device)
+    here = [torch.cuda.current_device()] if settings.device == "cuda" else []
+    with torch.random.fork_rng(here), warnings.catch_warnings():  # as if it had not been
+        warnings.simplefilter("ignore")  # the compiler's hints to itself
         with autocast(settings):
             out = parallel(inputs, targets)
         (out.loss + out.aux).backward()

@@ -731,3 +731,22 @@ def test_numbers_survive_the_checkpoint_to_the_last_digit():
     start("run", "--steps 1", *(word for k, v in given.items() for word in (f"--{k}", v)))
     saved = lamoe.read("run/last.pt")["train_config"]
     assert {name: saved[name] for name in given} == given
+
+
+def test_without_a_compiler_training_goes_on(capsys, monkeypatch):
+    """A laptop without one, or a broken one: a line, and the same losses."""
+
+    def broken(*args, **options):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    start("plain", "--steps 3 --log_every 1 --n_experts 1")
+    monkeypatch.setattr(torch, "compile", broken)
+    start("run", "--steps 3 --log_every 1 --n_experts 1 --compile")
+    assert "no compiler here (Failed to find C compiler.)" in capsys.readouterr().out
+    losses = [[row["train_loss"] for row in log_of(run)] for run in ("plain", "run")]
+    assert losses[0] == losses[1]
+
+
+def test_experts_on_a_cpu_are_not_compiled(capsys):
+    start("run", "--steps 2 --compile")
+    assert "not compiled" in capsys.readouterr().out
