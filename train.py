@@ -1075,7 +1075,9 @@ def compile_blocks(model, parallel, batches: Batches, settings: TrainConfig) -> 
     started, (inputs, targets) = time.perf_counter(), batches(0, settings.device)
     with autocast(settings):
         if not lamoe.can_capture(model, inputs):
-            return say("compile    experts need bf16 on an NVIDIA card from Ampere on: not compiled")
+            return say(
+                "compile    experts need bf16 on an NVIDIA card from Ampere on: not compiled"
+            )
     say("compile    writing kernels for this model; about half a minute, less the next time")
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=settings.device))

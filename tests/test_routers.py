@@ -202,6 +202,22 @@ def test_groups_hold_even_when_every_biased_score_is_negative():
     assert torch.equal(experts_NA[:, 0] // 2, experts_NA[:, 1] // 2)
 
 
+@pytest.mark.parametrize("order", [[4, 5, 0, 1, 6, 7, 2, 3], [1, 0, 2, 3, 5, 4, 7, 6]])
+def test_permuting_whole_groups_or_inside_them_changes_nothing(order):
+    """Rows of the router, biases and experts together. Across groups it would: see the last line."""
+    moe, shuffled, torn = (
+        moe_of("deepseek", n_groups=4, top_groups=2, top_k=2).eval() for _ in range(3)
+    )
+    bias = noise(8, seed=1) / 10
+    for layer, of in ((moe, range(8)), (shuffled, order), (torn, [0, 2, 1, 3, 4, 6, 5, 7])):
+        layer.router.bias.copy_(bias[list(of)])
+        for weight in layer.parameters():
+            weight.data = weight.data[list(of)]
+    x_BTD = noise(3, 20, 16, seed=2)
+    assert_close(shuffled(x_BTD)[0], moe(x_BTD)[0], 1e-6)
+    assert (torn(x_BTD)[0] - moe(x_BTD)[0]).abs().max() > 1e-3
+
+
 def test_the_bias_evens_out_a_constant_preference():
     moe = moe_of("deepseek", bias_rate=0.005, top_k=1).train()
     moe.router.weight.data *= 0.1
