@@ -70,6 +70,7 @@ class Config:
     norm_eps: float = 1e-5  # inside RMSNorm's root [1]
     qk_norm: bool = False  # RMSNorm on each query and key head, before RoPE [11]
     tie_embeddings: bool = False  # the output head is the embedding, transposed
+    dropout: float = 0.0  # share of what a layer adds that is left out, in training [8: 0.1]
     balance_weight: float = 0.01  # of the balance losses of topk, noisy and switch [8: 0.01]
     z_weight: float = 0.001  # topk: of the router z-loss [9: 0.001]
     capacity_factor: float = 1.25  # switch: places over tokens, in training [8: 1 to 1.25]
@@ -90,6 +91,8 @@ class Config:
                 raise ValueError(f"{field.name}={value} must be a number from 0 on")
         if self.rope_theta <= 0:
             raise ValueError(f"rope_theta={self.rope_theta} must be above 0; try 10000")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout={self.dropout} must be below 1; try 0.1")
         if self.rope_factor < 1:
             raise ValueError(f"rope_factor={self.rope_factor} must be at least 1; 1 is off")
         if self.head_dim is None and self.dim % (2 * self.n_heads):
@@ -777,6 +780,7 @@ class Block(nn.Module):
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
+        self.dropout = c.dropout
         self.attn_norm = RMSNorm(c.dim, c.norm_eps)
         self.attn = Attention(c)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
@@ -788,11 +792,12 @@ class Block(nn.Module):
             self.ffn = MoE(c)
 
     def forward(self, x_BTD, cos_TK, sin_TK, mask_TS=None, cache: CacheLayer | None = None):
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cos_TK, sin_TK, mask_TS, cache)
+        y_BTD = self.attn(self.attn_norm(x_BTD), cos_TK, sin_TK, mask_TS, cache)
+        x_BTD = x_BTD + F.dropout(y_BTD, self.dropout, self.training)
         y_BTD, routing = self.ffn(self.ffn_norm(x_BTD)), None
         if isinstance(self.ffn, MoE):
             y_BTD, routing = y_BTD
-        return x_BTD + y_BTD, routing
+        return x_BTD + F.dropout(y_BTD, self.dropout, self.training), routing
 
 
 class Output(NamedTuple):

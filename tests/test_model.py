@@ -422,6 +422,21 @@ def test_eval_is_deterministic(router):
     assert outs[0].aux == outs[1].aux == outs[0].dropped == 0
 
 
+def test_dropout_leaves_out_what_layers_add_in_training_only():
+    """Of a block that adds ones, the kept ones are scaled so that the mean stays."""
+    model = random_model(small_config(dropout=0.5, n_experts=1))
+    ids_BT = random_ids(model.config, 4, 16)
+    plain = random_model(small_config(n_experts=1))
+    assert torch.equal(model(ids_BT).logits, plain(ids_BT).logits)
+    model.train()
+    assert not torch.equal(model(ids_BT).logits, model(ids_BT).logits)
+    block = model.blocks[0]
+    block.attn.forward = lambda x, *rest: torch.ones_like(x)
+    block.ffn.forward = torch.zeros_like
+    added_BTD, _ = block(torch.zeros(8, 64, model.config.dim), None, None)
+    assert set(added_BTD.unique().tolist()) == {0.0, 2.0} and 0.9 < added_BTD.mean() < 1.1
+
+
 def test_output_has_the_promised_shapes():
     model = random_model(small_config(n_layers=3, n_experts=5, top_k=2))
     out = model(random_ids(model.config, 2, 7))

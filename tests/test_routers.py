@@ -204,7 +204,7 @@ def test_groups_hold_even_when_every_biased_score_is_negative():
 
 @pytest.mark.parametrize("order", [[4, 5, 0, 1, 6, 7, 2, 3], [1, 0, 2, 3, 5, 4, 7, 6]])
 def test_permuting_whole_groups_or_inside_them_changes_nothing(order):
-    """Rows of the router, biases and experts together. Across groups it would: see the last line."""
+    """Rows of the router, biases and experts together. Across groups it does: the last line."""
     moe, shuffled, torn = (
         moe_of("deepseek", n_groups=4, top_groups=2, top_k=2).eval() for _ in range(3)
     )
