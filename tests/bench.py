@@ -228,6 +228,69 @@ def bench_generate(bandwidth: float) -> None:
             del model, tokens
 
 
+def mixtral(shape: dict):
+    """Hugging Face's Mixtral of one of our shapes, with its fastest experts."""
+    import transformers
+
+    c = lamoe.Config(**shape)
+    options = {"vocab_size": c.vocab_size, "hidden_size": c.dim, "intermediate_size": c.hidden_dim}
+    options |= {"num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads}
+    options |= {"num_key_value_heads": c.n_kv_heads, "max_position_embeddings": c.seq_len}
+    options |= {"num_local_experts": c.n_experts, "num_experts_per_tok": c.top_k}
+    config = transformers.MixtralConfig(**options, bos_token_id=0, eos_token_id=None)
+    config._experts_implementation = "grouped_mm"
+    with torch.device(DEVICE):
+        return transformers.MixtralForCausalLM(config)
+
+
+def bench_peers() -> None:
+    try:
+        import transformers
+    except ImportError:
+        return print('\npeers: none here; pip install -e ".[oracle]"')
+    print(f"\nHugging Face Mixtral, transformers {transformers.__version__}")
+    batch, shape = 8, {**SHAPE, **MODELS["8 experts, top 2"]}
+    ids_BT = torch.randint(shape["vocab_size"], (batch, shape["seq_len"]), device=DEVICE)
+    rates = {}
+    for name in ("Hugging Face", "LaMoE"):
+        clean()
+        model = mixtral(shape) if name == "Hugging Face" else make(**shape)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        if GPU:
+            model.compile()
+
+        def step(model=model, optimizer=optimizer, name=name):
+            with train.autocast(SETTINGS):
+                if name == "LaMoE":
+                    loss = model(ids_BT, ids_BT).loss
+                else:
+                    loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        rates[name] = ids_BT.numel() / seconds(step, 3, 2)
+        print(
+            f"training, {name:12} {rates[name]:10,.0f} tokens/s, {peak_gib():.1f} GiB", flush=True
+        )
+        del model, optimizer, step
+    print(f"          LaMoE over it: {rates['LaMoE'] / rates['Hugging Face']:.2f}")
+    model = mixtral(LARGE if GPU else SMALL).to(DTYPE).eval()
+    for batch in (1, 64) if GPU else (1,):
+        ids_BT = torch.randint(99, (batch, 16), device=DEVICE)
+        options = {"do_sample": True, "temperature": 0.8, "min_p": 0.02, "pad_token_id": 0}
+        options |= {"cache_implementation": "static"}
+        n = 128 if GPU else 8
+        model.generate(ids_BT, max_new_tokens=n, **options)
+        wait()
+        start = time.perf_counter()
+        model.generate(ids_BT, max_new_tokens=n, **options)
+        wait()
+        rate = batch * n / (time.perf_counter() - start)
+        print(f"generation, batch {batch:2}, static cache {rate:10,.0f} tokens/s", flush=True)
+
+
 def several(wanted: list[str]) -> None:
     if GPU:
         torch.cuda.set_device(train.RANKS.rank)
@@ -339,6 +402,8 @@ def main() -> None:
         bench_layer(peak)
     if "generate" in wanted:
         bench_generate(bandwidth)
+    if "peers" in wanted:
+        bench_peers()
 
 
 if __name__ == "__main__":
