@@ -966,10 +966,17 @@ def whole(state):
 
 
 def same_on_all(choose):
-    """What rank 0 chooses, on every rank."""
-    choice = [choose() if RANKS.rank == 0 else None]
+    """What rank 0 chooses, on every rank; its mistake too."""
+    choice = [None]
+    if RANKS.rank == 0:
+        try:
+            choice = [choose()]
+        except ValueError as error:
+            choice = [error]
     if RANKS.world > 1:
         dist.broadcast_object_list(choice)
+    if isinstance(choice[0], ValueError):
+        raise choice[0]
     return choice[0]
 
 

@@ -118,11 +118,19 @@ def test_a_checkpoint_of_n_ranks_resumes_on_m(runs, name):
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-3)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--batch_size 3", "batch_size=3 is not divisible by 2 processes; try --batch_size 4"),
+        ("--out text.txt", "text.txt: text.txt is no folder to write in; choose another --out"),
+    ],
+)
+def test_a_mistake_is_one_line_from_rank_0(flags, message, tmp_path):
     (tmp_path / "text.txt").write_text(make_text())
-    done = torchrun(tmp_path, str(ROOT / "train.py"), *COMMON, "--batch_size", "3", check=False)
+    command = [str(ROOT / "train.py"), *COMMON, *flags.split()]
+    done = torchrun(tmp_path, *command, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: batch_size=3 is not divisible by 2 processes; try --batch_size 4"]
+    assert errors == [f"error: {message}"]
 
 
 def test_a_dead_rank_ends_the_run_with_a_clear_line(tmp_path):
