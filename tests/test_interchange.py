@@ -78,7 +78,7 @@ def theirs(folder, **options):
 def random_theirs(config, **more):
     """A random model of transformers with our shape: their class, their initialisation of names."""
     transformers = import_oracle("transformers")
-    fields = lamoe.to_hf_config(config, torch.float32, None) | more
+    fields = lamoe.to_hf_config(config) | more
     their_config = transformers.AutoConfig.for_model(**fields)
     return randomise(transformers.AutoModelForCausalLM.from_config(their_config)).eval()
 
@@ -400,7 +400,7 @@ def test_an_export_never_overwrites_and_never_stays_half_done(monkeypatch):
     Path("empty").mkdir()
     lamoe.save_hf(model, None, "empty")
     lamoe.save_hf(model, None, "deep/er")
-    monkeypatch.setattr(lamoe, "write_safetensors", lambda *args: 1 / 0)
+    monkeypatch.setattr("safetensors.torch.save_file", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         lamoe.save_hf(model, None, "broken")
     assert sorted(path.name for path in Path().iterdir()) == ["deep", "empty", "full"]
@@ -458,15 +458,11 @@ def test_a_broken_header_is_refused(name):
 def test_a_file_that_ends_early_or_promises_a_huge_header_is_refused():
     lamoe.save_hf(random_model(small_config()), None, "folder")
     path = Path("folder/model.safetensors")
-    stored = lamoe.read_header(path)["lm_head.weight"]
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])
-    assert_refused(["model.safetensors", "truncated"])
-    short = stored._replace(start=len(whole) - 100)  # cut after its header was read
-    with open(path, "rb") as file:
-        assert_refused(["ends"], lambda: lamoe.read_into(torch.empty(short.shape), file, short))
+    assert_refused(["folder"])
     path.write_bytes(b"\xff" * 8 + whole[8:])
-    assert_refused(["model.safetensors", "header"])
+    assert_refused(["folder", "header"])
 
 
 @few
