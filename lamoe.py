@@ -1241,15 +1241,11 @@ LARGEST = 1 << 20  # of the sizes in a config.json: more is no model, and would 
 
 
 def family_of(c: Config) -> str:
-    """The model_type that computes what this config does, if any does."""
-    if c.n_experts > 1:
-        return "qwen3_moe" if c.qk_norm else "mixtral"
-    return "qwen3" if c.qk_norm else "llama"
-
-
-def check_exportable(c: Config) -> None:
-    """ValueError with the reason if no family computes what this config does."""
-    model_type, reason = family_of(c), None
+    """The model_type that computes what this config does; ValueError with the reason if none."""
+    model_type = "mixtral" if c.n_experts > 1 else "llama"
+    if c.qk_norm:
+        model_type = "qwen3_moe" if c.n_experts > 1 else "qwen3"
+    reason = None
     if model_type == "llama" and c.dim % c.n_heads:  # transformers 5 insists
         reason = f"a Llama's dim={c.dim} is a multiple of n_heads={c.n_heads}; train with --qk_norm"
     elif c.n_experts > 1 and c.router != "topk":
@@ -1259,7 +1255,8 @@ def check_exportable(c: Config) -> None:
     elif model_type == "mixtral" and c.n_dense_layers:
         reason = "Mixtral has no dense layers; train with --n_dense_layers 0, or --qk_norm"
     if reason:
-        raise ValueError(f"this model can't be exported: {reason}")
+        raise ValueError(f"no Hugging Face folder can hold this model: {reason}")
+    return model_type
 
 
 def to_hf_config(c: Config) -> dict:
@@ -1279,11 +1276,12 @@ def to_hf_config(c: Config) -> dict:
         "rope_parameters": {**rope, "rope_theta": c.rope_theta},  # transformers 5
     }
     if model_type == "qwen3_moe":
-        theirs["num_local_experts"] = c.n_experts  # 5; 4 says num_experts
-        theirs["norm_topk_prob"], theirs["decoder_sparse_step"] = True, 1
-        theirs["mlp_only_layers"] = list(range(min(c.n_dense_layers, c.n_layers)))
-        if c.n_dense_layers:
-            theirs["intermediate_size"] = c.hidden_dim * c.top_k
+        theirs |= {"num_local_experts": c.n_experts, "norm_topk_prob": True}
+        theirs |= {
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [*range(c.n_layers)][: c.n_dense_layers],
+        }
+        theirs |= {"intermediate_size": c.hidden_dim * c.top_k} if c.n_dense_layers else {}
     return theirs
 
 
@@ -1366,7 +1364,9 @@ def hf_tensors(model: LaMoE) -> dict[str, Tensor]:
 def import_safetensors():
     try:
         import safetensors.torch
-    except ImportError:
+
+        safetensors.TensorSpec  # noqa: B018  what 0.8 brought, together with the backend "pread"
+    except (ImportError, AttributeError):
         raise ValueError('Hugging Face folders need: pip install "safetensors>=0.8"') from None
     return safetensors
 
@@ -1415,25 +1415,33 @@ def check_tensors(expected: dict[str, Tensor], files: dict, tied: bool) -> None:
             raise ValueError(f"{name} is in {stored.get_dtype()}; only F32, BF16, F16 are read")
 
 
+class NoInit(torch.overrides.TorchFunctionMode):
+    """Inside, weights get no first values: those about to be read would only lose time on them."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return args[0] if function is Tensor.zero_ else function(*args, **(kwargs or {}))
+
+
 def reserve(c: Config, files: dict, device: str, dtype: torch.dtype | None) -> LaMoE:
-    """A model for the tensors in these files, which are not read yet."""
+    """A model for the tensors in these files, which are not read yet; dtype as for `load`."""
     if c.n_layers * c.n_experts > len(files):
         raise ValueError(f"{c.n_layers} layers of {c.n_experts} experts are not in its files")
-    with torch.device("meta"):  # without memory, until names and shapes are known to fit
-        model = LaMoE(c)
-    check_tensors(hf_tensors(model), files, c.tie_embeddings)
     stored = {name: file.get_slice(name).get_dtype() for name, file in files.items()}
     is_bf16 = stored["model.embed_tokens.weight"] == "BF16"
-    model.to(dtype or (torch.bfloat16 if is_bf16 else torch.float32))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or (torch.bfloat16 if is_bf16 else torch.float32))
+    try:
+        with torch.device(device), NoInit():
+            model = LaMoE(c).eval()
+    finally:
+        torch.set_default_dtype(before)
     for i, block in enumerate(model.blocks):  # a router computes in fp32: if stored so, it stays so
         if stored.get(f"model.layers.{i}.{FAMILIES[family_of(c)].ffn}.gate.weight") == "F32":
             block.ffn.router.float()
-    model.to_empty(device=device)
-    if c.tie_embeddings:
-        model.head.weight = model.embed.weight
-    rope = rope_table(c.head_size, c.seq_len, c.rope_theta, c.rope_factor)
-    model.cos, model.sin = (table.to(device) for table in rope)
-    return model.eval()
+    check_tensors(hf_tensors(model), files, c.tie_embeddings)
+    return model
 
 
 def load_hf(folder: str | os.PathLike, device: str, dtype: torch.dtype | None):
@@ -1473,27 +1481,23 @@ def save_hf(model: LaMoE, tokenizer, folder: str | os.PathLike, shard_bytes: int
     The folder is new or empty, and appears whole: it is written under another name first.
     """
     c, folder = model.config, Path(folder)
-    check_exportable(c)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is there already; name a new folder")
     if tokenizer and tokenizer.vocab_size != c.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model {c.vocab_size}; "
-            f"export them as they were trained"
-        )
-    save_file = import_safetensors().torch.save_file
-    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+        sizes = f"the tokenizer has {tokenizer.vocab_size} ids and the model {c.vocab_size}"
+        raise ValueError(f"{sizes}; export them as they were trained")
+    save_file, dtype = import_safetensors().torch.save_file, model.embed.weight.dtype
     config = {"architectures": [FAMILIES[family_of(c)].architecture], **to_hf_config(c)}
-    config |= {"torch_dtype": dtype, "dtype": dtype}  # transformers 4, 5
-    ends = {"bos_token_id": None, "eos_token_id": None}
+    for key in ("torch_dtype", "dtype"):  # transformers 4 and 5
+        config[key] = str(dtype).removeprefix("torch.")
     if tokenizer:
-        ends = {"bos_token_id": (tokenizer.start or [None])[0], "eos_token_id": tokenizer.eot}
-    texts = {"config.json": {**config, **ends}, "generation_config.json": ends}
-    shards = shard(hf_tensors(model), shard_bytes)
+        config["eos_token_id"] = tokenizer.eot
+        config["bos_token_id"] = tokenizer.start[0] if tokenizer.start else None
+    texts, shards = {"config.json": config}, shard(hf_tensors(model), shard_bytes)
     if len(shards) > 1:
-        sizes = {name: tensor.nbytes for part in shards.values() for name, tensor in part.items()}
+        size = sum(tensor.nbytes for part in shards.values() for tensor in part.values())
         weight_map = {name: file for file, part in shards.items() for name in part}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         texts["model.safetensors.index.json"] = index
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
