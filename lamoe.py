@@ -1281,7 +1281,7 @@ def to_hf_config(c: Config) -> dict:
             "decoder_sparse_step": 1,
             "mlp_only_layers": [*range(c.n_layers)][: c.n_dense_layers],
         }
-        theirs |= {"intermediate_size": c.hidden_dim * c.top_k} if c.n_dense_layers else {}
+        theirs["intermediate_size"] = c.hidden_dim * c.top_k  # of the dense layers
     return theirs
 
 
@@ -1305,14 +1305,11 @@ def from_hf_config(theirs: dict) -> Config:
     values["qk_norm"] = model_type.startswith("qwen3")
     values["rope_theta"] = rope.get("rope_theta", theta)
     values["rope_factor"] = rope.get("factor", 1.0) if rope.get("rope_type") == "llama3" else 1.0
-    for field in dataclasses.fields(Config):
-        if field.name in values:
-            value, key = values[field.name], family.keys.get(field.name, field.name)
-            kinds = {int: (int,), float: (float, int), bool: (bool,)}.get(
-                field.type, (int, type(None))
-            )
-            if type(value) not in kinds or (field.type is not float and (value or 0) > LARGEST):
-                raise ValueError(f"{key}={value!r:.60} is no usable {kinds[0].__name__}")
+    for field in (field for field in dataclasses.fields(Config) if field.name in values):
+        value, key = values[field.name], family.keys.get(field.name, field.name)
+        kinds = {int: [int], float: [float, int], bool: [bool]}.get(field.type, [int, type(None)])
+        if type(value) not in kinds or (field.type is not float and (value or 0) > LARGEST):
+            raise ValueError(f"{key}={value!r:.60} is no usable {kinds[0].__name__}")
     c = Config(**values)
     refuse_others(theirs, c)
     return c
@@ -1327,6 +1324,8 @@ def refuse_others(theirs: dict, c: Config) -> None:
             f"attention is supported; set max_position_embeddings to {window} to use less"
         )
     theirs = {**theirs, "sliding_window": None}
+    if not c.n_dense_layers:
+        theirs["intermediate_size"] = None  # qwen3_moe: of layers that aren't there
     ours = {**to_hf_config(c), "mlp_bias": False, "quantization_config": None}
     ours |= {"partial_rotary_factor": 1.0, "layer_types": ["full_attention"] * c.n_layers}
     for key, value in ours.items():
