@@ -438,8 +438,6 @@ _prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
 _moved = {byte: 256 + n for n, byte in enumerate(sorted({*range(256)} - _prints))}
 VISIBLE = [chr(_moved.get(byte, byte)) for byte in range(256)]
 BYTE_OF = {letter: byte for byte, letter in enumerate(VISIBLE)}
-
-
 HF_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -459,8 +457,7 @@ class ForeignTokenizer:
         try:
             import tokenizers
         except ImportError:
-            remedy = "pip install tokenizers"
-            raise ValueError(f"this model has a tokenizer of its own: {remedy}") from None
+            raise ValueError("this model has its own tokenizer: pip install tokenizers") from None
         self.files, self.vocab_size = files, vocab_size
         try:
             content, config = (json.loads(files[name]) for name in HF_FILES)
@@ -502,14 +499,14 @@ class ForeignTokenizer:
         """Returns the end-of-text id and the ids that stand before a text."""
         names = (config.get("eos_token"), config.get("bos_token"))
         names = (name["content"] if isinstance(name, dict) else name for name in names)
-        ends, begins = (name and self._theirs.token_to_id(name) for name in names)
-        ends = eot if ends is None else ends
-        if type(ends) is not int or not 0 <= ends < self.vocab_size:
+        eos, bos = (name and self._theirs.token_to_id(name) for name in names)
+        eot = eot if eos is None else eos
+        if type(eot) is not int or not 0 <= eot < self.vocab_size:
             raise ValueError("no end-of-text token: eos_token in tokenizer_config.json names none")
-        start = [i for i in self._theirs.encode("").ids if i != ends or i == begins]
+        start = [i for i in self._theirs.encode("").ids if i != eot or i == bos]
         if type(config.get("add_bos_token")) is bool:
-            start = [begins] if config["add_bos_token"] and begins is not None else []
-        return ends, start
+            start = [bos] if config["add_bos_token"] and bos is not None else []
+        return eot, start
 
     def encode(self, text, allow_special=False):
         """Returns the ids of `text`; special tokens in it are text unless allowed."""
@@ -540,21 +537,22 @@ def load_hf(folder, vocab_size, eot=None):
 
     A Tokenizer where the file is one that Tokenizer.save_hf writes, else a ForeignTokenizer.
     """
-    if not os.path.exists(os.path.join(folder, "tokenizer.json")):
+    there = [name for name in HF_FILES if os.path.exists(os.path.join(folder, name))]
+    if "tokenizer.json" not in there:
         return None
+    files = dict.fromkeys(HF_FILES, "{}")
     try:
-        files = dict.fromkeys(HF_FILES, "{}")
-        for name in set(HF_FILES) & set(os.listdir(folder)):
+        for name in there:
             with open(os.path.join(folder, name), encoding="utf-8") as file:
                 files[name] = file.read()
-        return own_tokenizer(files["tokenizer.json"], vocab_size) or ForeignTokenizer(
-            files, vocab_size, eot
-        )
+        ours = own_tokenizer(files["tokenizer.json"])
+        is_ours = ours and ours.vocab_size == vocab_size
+        return ours if is_ours else ForeignTokenizer(files, vocab_size, eot)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
 
-def own_tokenizer(text, vocab_size):
+def own_tokenizer(text):
     """Returns the Tokenizer that wrote this tokenizer.json, or None."""
     try:
         content = json.loads(text)
@@ -562,7 +560,7 @@ def own_tokenizer(text, vocab_size):
         ours = Tokenizer([[ids[name] for name in pair.split()] for pair in merges])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # another file, or none at all
-    return ours if ours._hf_json() == content and ours.vocab_size == vocab_size else None
+    return ours if ours._hf_json() == content else None
 
 
 def write_text(path, text):
@@ -621,10 +619,9 @@ def main():
     parser.add_argument("--out", metavar="PATH", help="where to save the tokenizer (JSON)")
     parser.error = fail  # one line, instead of the usage and then the error
     args = parser.parse_args()
-    if args.out and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
+    folder = os.path.dirname(args.out or "") or "."
+    if args.out and (os.path.isdir(args.out) or not os.access(folder, os.W_OK)):
         fail(f"--out {args.out}: cannot write there; name a file in an existing folder of yours")
-    if args.out and os.path.isdir(args.out):
-        fail(f"--out {args.out} is a folder; give the name of a file in it")
     try:
         documents, show = read_documents(args.file), partial(print, end="   \r", flush=True)
         tok = Tokenizer.train(documents, args.vocab_size, progress=show)

@@ -1222,14 +1222,13 @@ class Family(NamedTuple):
     gate_up_down: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
 
+NO_WINDOW = {"use_sliding_window": False}
 FAMILIES = {  # model_type -> family; mistral is a llama with other defaults, and only read
     "llama": Family("LlamaForCausalLM", KEYS, {"num_key_value_heads": None}),
     "mistral": Family("LlamaForCausalLM", KEYS, {"sliding_window": 4096}),
-    "qwen3": Family("Qwen3ForCausalLM", KEYS, {"use_sliding_window": False, "head_dim": 128}),
+    "qwen3": Family("Qwen3ForCausalLM", KEYS, {**NO_WINDOW, "head_dim": 128}),
     "mixtral": Family("MixtralForCausalLM", MIXTRAL, {}, "block_sparse_moe", ("w1", "w3", "w2")),
-    "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM", QWEN3_MOE, {"use_sliding_window": False, "norm_topk_prob": False}
-    ),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", QWEN3_MOE, {**NO_WINDOW, "norm_topk_prob": False}),
 }
 LLAMA3_ROPE = {  # rope_table's constants in their words; the factor varies
     "rope_type": "llama3",
@@ -1276,12 +1275,10 @@ def to_hf_config(c: Config) -> dict:
         "rope_parameters": {**rope, "rope_theta": c.rope_theta},  # transformers 5
     }
     if model_type == "qwen3_moe":
-        theirs |= {"num_local_experts": c.n_experts, "norm_topk_prob": True}
-        theirs |= {
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [*range(c.n_layers)][: c.n_dense_layers],
-        }
-        theirs["intermediate_size"] = c.hidden_dim * c.top_k  # of the dense layers
+        dense = list(range(min(c.n_dense_layers, c.n_layers)))
+        theirs |= {"mlp_only_layers": dense, "intermediate_size": c.hidden_dim * c.top_k}
+        theirs |= {"norm_topk_prob": True, "decoder_sparse_step": 1}
+        theirs["num_local_experts"] = c.n_experts  # transformers 5; 4 says num_experts
     return theirs
 
 
@@ -1324,8 +1321,8 @@ def refuse_others(theirs: dict, c: Config) -> None:
             f"attention is supported; set max_position_embeddings to {window} to use less"
         )
     theirs = {**theirs, "sliding_window": None}
-    if not c.n_dense_layers:
-        theirs["intermediate_size"] = None  # qwen3_moe: of layers that aren't there
+    if not c.n_dense_layers:  # qwen3_moe: the width of layers that aren't there
+        theirs["intermediate_size"] = None
     ours = {**to_hf_config(c), "mlp_bias": False, "quantization_config": None}
     ours |= {"partial_rotary_factor": 1.0, "layer_types": ["full_attention"] * c.n_layers}
     for key, value in ours.items():
@@ -1448,16 +1445,14 @@ def load_hf(folder: str | os.PathLike, device: str, dtype: torch.dtype | None):
     import bpe
 
     folder = Path(folder)
-    if (folder / "params.json").exists() and not (folder / "config.json").exists():
-        raise ValueError(
-            f"{folder} is in Meta's own layout; convert it (transformers 4): python -m transformers"
-            f".models.llama.convert_llama_weights_to_hf --input_dir {folder} --output_dir NEW"
-        )
     if not (folder / "config.json").exists():
-        raise ValueError(
-            f"{folder} is not a readable checkpoint, nor a Hugging Face folder: it has no "
-            f"config.json; name a .pt file, such as {folder}/best.pt"
-        )
+        reason = "not a readable checkpoint, nor a Hugging Face folder: it has no config.json"
+        remedy = f"name a .pt file, such as {folder}/best.pt"
+        if (folder / "params.json").exists():
+            reason, script = "in Meta's own layout", "models.llama.convert_llama_weights_to_hf"
+            remedy = f"convert it (transformers 4): python -m transformers.{script}"
+            remedy += f" --input_dir {folder} --output_dir NEW_FOLDER"
+        raise ValueError(f"{folder} is {reason}; {remedy}")
     try:
         theirs, files = read_json(folder / "config.json"), open_tensors(folder)
         c = from_hf_config(theirs)

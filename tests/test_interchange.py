@@ -418,6 +418,15 @@ def test_weights_in_other_formats_are_refused_with_the_command_that_converts_the
     assert_refused(["folder", "config.json"])
 
 
+def test_without_safetensors_one_line_says_how_to_install_it(monkeypatch):
+    lamoe.save_hf(random_model(small_config()), None, "folder")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    hint = ['pip install "safetensors>=0.8"']
+    assert_refused(["folder", *hint])
+    assert_refused(hint, lambda: lamoe.save_hf(random_model(small_config()), None, "other"))
+    assert not Path("other").exists()
+
+
 def rewrite_header(change):
     """Changes the JSON header of folder/model.safetensors."""
     path = Path("folder/model.safetensors")
