@@ -223,18 +223,17 @@ def test_mistral_without_a_window_is_a_llama():
 
 @pytest.mark.oracle
 def test_greedy_text_of_200_tokens_equals_transformers():
-    for kind in KINDS:
-        model = random_model(small_config(seq_len=210, vocab_size=50, **KINDS[kind]), seed=3)
-        lamoe.save_hf(model, None, fresh())
-        ids_BT = random_ids(model.config, 1, 4)
-        ours = torch.stack(list(model.generate(ids_BT, 200, temperature=0)), dim=1)
-        options = dict(max_new_tokens=200, do_sample=False, pad_token_id=0)
-        options["attention_mask"] = torch.ones_like(ids_BT)
-        assert torch.equal(ours, theirs("folder").generate(ids_BT, **options)[:, 4:])
-        assert len(ours.unique()) > 3
+    model = random_model(small_config(seq_len=210, vocab_size=50, qk_norm=True), seed=3)
+    lamoe.save_hf(model, None, "folder")
+    ids_BT = random_ids(model.config, 1, 4)
+    ours = torch.stack(list(model.generate(ids_BT, 200, temperature=0)), dim=1)
+    options = dict(max_new_tokens=200, do_sample=False, pad_token_id=0)
+    options["attention_mask"] = torch.ones_like(ids_BT)
+    assert torch.equal(ours, theirs("folder").generate(ids_BT, **options)[:, 4:])
+    assert len(ours.unique()) > 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_bf16_weights_compute_what_fp32_does_up_to_rounding(kind):
     model = random_model(small_config(**KINDS[kind]), seed=5)
     lamoe.save_hf(model, None, "folder")
@@ -289,7 +288,7 @@ def test_old_folders_with_redundant_tensors_are_read():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_weights_stream_in_without_a_second_copy_in_memory():
     config = small_config(dim=512, hidden_dim=1024, n_layers=4, vocab_size=8192, n_experts=8)
-    lamoe.save_hf(lamoe.LaMoE(config).to(torch.bfloat16), None, "folder", shard_bytes=40_000_000)
+    lamoe.save_hf(lamoe.LaMoE(config).to(torch.bfloat16), None, "folder")
     size = sum(path.stat().st_size for path in Path("folder").iterdir())
     assert size > 100e6
     code = """if True:
@@ -442,15 +441,9 @@ def with_entry(**changes):
 
 
 BROKEN = {
-    "no number": with_entry(data_offsets=["a", "b"]),
-    "negative": with_entry(data_offsets=[-8, 1464]),
-    "backwards": with_entry(data_offsets=[1472, 0]),
     "beyond": with_entry(data_offsets=[10**9, 10**9 + 1472]),
-    "too long": with_entry(shape=[10**12, 10**12]),
     "floats": with_entry(shape=[23.0, 16]),
     "wrong": with_entry(shape=[16, 23]),
-    "strange": with_entry(dtype="F8_E4M3"),
-    "listed": with_entry(dtype=["F32"]),
     "list": lambda header: [header],
     "absent": lambda header: {k: v for k, v in header.items() if k != "lm_head.weight"},
     "more": lambda header: {**header, "lm_head.bias": header["model.norm.weight"]},
@@ -462,6 +455,13 @@ def test_a_broken_header_is_refused(name):
     lamoe.save_hf(random_model(small_config()), None, "folder")
     rewrite_header(BROKEN[name])
     assert_refused(["folder"])
+
+
+@pytest.mark.parametrize("dtype", ["I32", "U32"])  # as those of packed, quantised weights
+def test_weights_of_another_kind_of_number_are_refused(dtype):
+    lamoe.save_hf(random_model(small_config()), None, "folder")
+    rewrite_header(with_entry(dtype=dtype))
+    assert_refused(["folder", "lm_head.weight", dtype])
 
 
 def test_a_file_that_ends_early_or_promises_a_huge_header_is_refused():
