@@ -406,15 +406,16 @@ class Tokenizer:
     def _hf_json(self):
         """Returns the content of tokenizer.json: our words and merges, in visible letters."""
         names = ["".join(VISIBLE[byte] for byte in token) for token in self._tokens[: self.eot]]
-        bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        byte_level["use_regex"] = False  # the words are split already
         split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
-        split["invert"], bytes_["trim_offsets"] = False, True
+        split["invert"] = False
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         return {
             "version": "1.0",
             "added_tokens": [{"id": self.eot, "content": SPECIAL, "special": True, **flags}],
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
-            "decoder": bytes_,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "decoder": byte_level,
             "model": {
                 "type": "BPE",
                 "vocab": {name: i for i, name in enumerate(names)},
