@@ -1480,7 +1480,7 @@ def save_hf(model: LaMoE, tokenizer, folder: str | os.PathLike, shard_bytes: int
     if tokenizer and tokenizer.vocab_size != c.vocab_size:
         sizes = f"the tokenizer has {tokenizer.vocab_size} ids and the model {c.vocab_size}"
         raise ValueError(f"{sizes}; export them as they were trained")
-    save_file, dtype = import_safetensors().torch.save_file, model.embed.weight.dtype
+    safetensors, dtype = import_safetensors(), model.embed.weight.dtype
     config = {"architectures": [FAMILIES[family_of(c)].architecture], **to_hf_config(c)}
     for key in ("torch_dtype", "dtype"):  # transformers 4 and 5
         config[key] = str(dtype).removeprefix("torch.")
@@ -1499,7 +1499,7 @@ def save_hf(model: LaMoE, tokenizer, folder: str | os.PathLike, shard_bytes: int
         for name, content in texts.items():
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name, part in shards.items():
-            save_file(part, temporary / name, {"format": "pt"})
+            safetensors.torch.save_file(part, temporary / name, {"format": "pt"})
         if tokenizer:
             tokenizer.save_hf(temporary)
         for path in temporary.iterdir():
@@ -1508,6 +1508,8 @@ def save_hf(model: LaMoE, tokenizer, folder: str | os.PathLike, shard_bytes: int
         if folder.exists():
             folder.rmdir()
         os.rename(temporary, folder)
+    except safetensors.SafetensorError as error:  # its words for a full disk
+        raise OSError(f"{folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -743,6 +743,19 @@ def test_the_exports_mistakes_end_in_one_line(run_folder, capsys):
         assert message.count("\n") == 1 and all(word in message for word in words), message
 
 
+def test_a_full_disk_ends_an_export_in_one_line_and_leaves_nothing(run_folder, capsys):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))  # no file grows beyond
+    try:
+        assert call(lamoe, "export", run_folder / "run/best.pt", "folder") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "folder" in message and "too large" in message
+    assert not [*Path().iterdir()]
+
+
 @pytest.mark.oracle
 @every_foreign
 def test_a_foreign_folder_samples_fine_tunes_resumes_and_exports(make, run_folder, capsys):
