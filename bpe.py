@@ -19,7 +19,6 @@ References:
 """
 
 import argparse
-import codecs
 import heapq
 import json
 import operator
@@ -40,9 +39,7 @@ CACHE_SIZE = 1 << 19  # texts remembered while encoding, some 100 MB when full [
 CACHE_CHARS = 128  # longer chunks are rarely seen twice: not remembered [characters]
 BLOCK = 1 << 14  # text is split this much at a time, to stay in the CPU's cache [characters]
 
-# ----------------------------------------------------------------------------------------------
-# 1. Splitting text into words: merges never cross the border of a word ("pre-token")
-# ----------------------------------------------------------------------------------------------
+# --- 1. Splitting text into words: merges never cross the border of a word ("pre-token") ----------
 
 # GPT-4's pattern [4], one alternative a line. Without a split, "dog." "dog!" "dog?" would each
 # become a token. A space belongs to the word after it: " dog", whose first letter is then free to
@@ -56,17 +53,16 @@ PATTERN = (
 )
 split_words = regex.compile(PATTERN).findall
 
-# The pattern is slow (10 MB/s: Unicode classes, seven alternatives), so the hot paths first cut
-# text into coarser chunks with a cheap one (60 MB/s) and run the real one only on chunks that are
-# new. This must not change a single word, and most cuts would: the lookahead makes "a  b" split
-# differently from "a " and " b", and "!" takes the line breaks after it. Two cuts are always safe:
+# The pattern is slow (10 MB/s: Unicode classes, seven alternatives), so text is first cut into
+# coarser chunks with a cheap one (60 MB/s), and the real one runs only on chunks that are new. Most
+# cuts would change words: by the lookahead "a  b" splits differently from "a " and " b", and "!"
+# takes the line breaks after it. As the pattern never looks behind, two cuts are safe:
 #   before a space after a non-space: every alternative that can end in a non-space stops at a
 #       space, and none looks beyond it (the lookahead only ever follows white space);
 #   after a line break before a non-space: no alternative has a line break anywhere but in its
 #       tail, and the white space that ends there is taken up to its last line break.
-# What follows the cut is matched as before, for the pattern never looks behind. A chunk below is
-# white space and non-spaces up to the first such cut. `re` counts \x1c-\x1f as white space and
-# `regex` does not: that only makes cuts rarer, for both sides of a cut pass the stricter test.
+# A chunk is white space and non-spaces up to the first such cut. `re` counts \x1c-\x1f as white
+# space and `regex` does not: cuts are only rarer for it, as both sides must pass the stricter test.
 split_chunks = re.compile(r"\s*\S+(?:[^\S ]\s*(?:(?<![\r\n])\S+)?)*|\s+").findall
 find_cut = re.compile(r"(?<=\S)(?= )|(?<=[\r\n])(?=\S)").search
 
@@ -113,16 +109,12 @@ def utf8(text):
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        bad = f"U+{ord(text[error.start]):04X}"
-        raise ValueError(
-            f"text has a lone surrogate {bad}, which UTF-8 cannot express; "
-            'clean it with text.encode("utf-8", "replace").decode()'
-        ) from None
+        bad = f"a lone surrogate U+{ord(text[error.start]):04X}, which UTF-8 cannot express"
+        remedy = 'clean it with text.encode("utf-8", "replace").decode()'
+        raise ValueError(f"text has {bad}; {remedy}") from None
 
 
-# ----------------------------------------------------------------------------------------------
-# 2. Training: count pairs, merge the most frequent one, repeat
-# ----------------------------------------------------------------------------------------------
+# --- 2. Training: count pairs, merge the most frequent one, repeat --------------------------------
 
 
 def learn_merges(word_counts, n_merges, progress=None):
@@ -153,11 +145,9 @@ def learn_merges(word_counts, n_merges, progress=None):
         at, keys = at[order], keys[order]
         starts = np.flatnonzero(np.diff(keys, prepend=-1))
         totals = np.add.reduceat(weight[at], starts).tolist() if len(at) else []
-        ends = [*starts[1:].tolist(), len(at)]
-        for key, total, lo, hi in zip(
-            keys[starts].tolist(), totals, starts.tolist(), ends, strict=False
-        ):
-            where[key] = at[lo:hi]
+        spans = pairwise([*starts.tolist(), len(at)])
+        for key, total, span in zip(keys[starts].tolist(), totals, spans, strict=True):
+            where[key] = at[slice(*span)]
             heapq.heappush(heap, (-total, key))
 
     add_pairs(np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0)))
@@ -185,9 +175,7 @@ def learn_merges(word_counts, n_merges, progress=None):
         ids[at], ids[second] = new_id, -1
         after[at] = after[second]
         before[after[at]] = at
-        left = before[
-            at
-        ]  # in "abab" the pair (ab, ab) is on both sides: take it once, on the right
+        left = before[at]  # in "abab" (ab, ab) is on both sides: it counts once, on the right
         left = left[(ids[left] >= 0) & (ids[left] != new_id)]
         add_pairs(np.concatenate([left, at[ids[after[at]] >= 0]]))
         if progress and len(merges) % 256 == 0:
@@ -195,9 +183,7 @@ def learn_merges(word_counts, n_merges, progress=None):
     return merges
 
 
-# ----------------------------------------------------------------------------------------------
-# 3. Encoding: replay the merges, and never do it twice for the same chunk
-# ----------------------------------------------------------------------------------------------
+# --- 3. Encoding: replay the merges, and never do it twice for the same chunk ---------------------
 
 
 def merge_word(ids, ranks):
@@ -269,9 +255,7 @@ class PackedIds(dict):
         return packed
 
 
-# ----------------------------------------------------------------------------------------------
-# 4. The tokenizer
-# ----------------------------------------------------------------------------------------------
+# --- 4. The tokenizer -----------------------------------------------------------------------------
 
 
 def token_bytes(merges):
@@ -281,8 +265,8 @@ def token_bytes(merges):
     of them would ask for a terabyte: hence MAX_TOKEN_BYTES, which training keeps to as well. Two
     tokens of the same bytes never come out of training either: encoding is deterministic.
     """
-    tokens = [bytes([i]) for i in range(256)]
-    known = set(tokens)
+    ids = {bytes([i]): i for i in range(256)}
+    tokens = list(ids)
     for i, pair in enumerate(merges):
         try:
             a, b = map(operator.index, pair)
@@ -290,15 +274,12 @@ def token_bytes(merges):
             raise ValueError(f"merge {i} is {pair!r:.40}, not a pair of ids") from None
         if not (0 <= a < len(tokens) and 0 <= b < len(tokens)):
             raise ValueError(f"merge {i} is ({a}, {b}), but only ids 0..{255 + i} exist by then")
-        merged = tokens[a] + tokens[b]
-        if len(merged) > MAX_TOKEN_BYTES:
+        token = tokens[a] + tokens[b]
+        if len(token) > MAX_TOKEN_BYTES:
             raise ValueError(f"merge {i} makes a token longer than {MAX_TOKEN_BYTES} bytes")
-        if merged in known:
-            raise ValueError(
-                f"merge {i} is ({a}, {b}), a duplicate of token {tokens.index(merged)}"
-            )
-        known.add(merged)
-        tokens.append(merged)
+        if ids.setdefault(token, 256 + i) != 256 + i:
+            raise ValueError(f"merge {i} is ({a}, {b}), a duplicate of token {ids[token]}")
+        tokens.append(token)
     return tokens
 
 
@@ -332,10 +313,8 @@ class Tokenizer:
         documents: any iterable of str, read once; progress: called with a line of text.
         """
         if vocab_size < 257:
-            raise ValueError(
-                f"vocab_size={vocab_size} is too small for the 256 bytes and {SPECIAL}; "
-                "use 257 or more"
-            )
+            remedy = f"the 256 bytes and {SPECIAL}; use 257 or more"
+            raise ValueError(f"vocab_size={vocab_size} is too small for {remedy}")
         word_counts = count_words(check_documents(documents), progress)
         return cls(learn_merges(word_counts, vocab_size - 257, progress))
 
@@ -376,26 +355,16 @@ class Tokenizer:
     @classmethod
     def from_state(cls, state):
         if isinstance(state, dict) and "tokenizer.json" in state:
-            return ForeignTokenizer.from_state(state)
-        plausible = isinstance(state, dict) and isinstance(state.get("merges"), list)
-        if not plausible:
+            files = {name: state[name] for name in HF_FILES}
+            return ForeignTokenizer(files, state["vocab_size"], state["eot"])
+        if not isinstance(state, dict) or not isinstance(state.get("merges"), list):
             raise ValueError("no list of merges in it")
         if state.get("pattern") != PATTERN:
             raise ValueError("it splits words by another pattern than this bpe.py")
         return cls(state["merges"])
 
     def save(self, path):
-        """Writes a small JSON file under a temporary name, then renames it: all or nothing."""
-        temporary = f"{path}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(self.state(), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+        write_text(path, json.dumps(self.state()))
 
     @classmethod
     def load(cls, path):
@@ -403,10 +372,8 @@ class Tokenizer:
             with open(path, encoding="utf-8") as file:
                 return cls.from_state(json.load(file))
         except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"cannot load a tokenizer from {path}: {error}; "
-                "train it again with: python bpe.py FILE --out PATH"
-            ) from None
+            remedy = "train it again with: python bpe.py FILE --out PATH"
+            raise ValueError(f"cannot load a tokenizer from {path}: {error}; {remedy}") from None
 
     def to_tiktoken(self):
         """Returns the same tokenizer as a tiktoken.Encoding (it merges by bytes, not by pairs).
@@ -424,7 +391,6 @@ class Tokenizer:
 
     def save_hf(self, folder):
         """Writes the two files by which transformers.AutoTokenizer gives the same ids."""
-        write_text(os.path.join(folder, "tokenizer.json"), json.dumps(self._hf_json()))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": SPECIAL,
@@ -434,37 +400,24 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
         }
-        write_text(os.path.join(folder, "tokenizer_config.json"), json.dumps(config, indent=2))
+        for name, content in zip(HF_FILES, (self._hf_json(), config), strict=True):
+            write_text(os.path.join(folder, name), json.dumps(content))
 
     def _hf_json(self):
         """Returns the content of tokenizer.json: our words and merges, in visible letters."""
         names = ["".join(VISIBLE[byte] for byte in token) for token in self._tokens[: self.eot]]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-        byte_level["use_regex"] = False
-        flags = ("single_word", "lstrip", "rstrip", "normalized")
-        special = {"id": self.eot, "content": SPECIAL, **dict.fromkeys(flags, False)}
+        byte_level["use_regex"] = False  # the words are split already
         split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
+        split["invert"] = False
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         return {
             "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{**special, "special": True}],
-            "normalizer": None,
-            "pre_tokenizer": {
-                "type": "Sequence",
-                "pretokenizers": [{**split, "invert": False}, byte_level],
-            },
-            "post_processor": None,
+            "added_tokens": [{"id": self.eot, "content": SPECIAL, "special": True, **flags}],
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
             "decoder": byte_level,
             "model": {
                 "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
                 "vocab": {name: i for i, name in enumerate(names)},
                 "merges": [f"{names[a]} {names[b]}" for a, b in self.merges],
             },
@@ -478,9 +431,7 @@ def check_documents(documents):
     return documents
 
 
-# ----------------------------------------------------------------------------------------------
-# 5. Tokenizers of others: a tokenizer.json behind the same interface
-# ----------------------------------------------------------------------------------------------
+# --- 5. Tokenizers of others: a tokenizer.json behind the same interface --------------------------
 
 # GPT-2's alphabet, in which tokenizer.json writes bytes: those that print stand for themselves,
 # the others are moved up to the letters from 256 on.
@@ -488,6 +439,7 @@ _prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
 _moved = {byte: 256 + n for n, byte in enumerate(sorted({*range(256)} - _prints))}
 VISIBLE = [chr(_moved.get(byte, byte)) for byte in range(256)]
 BYTE_OF = {letter: byte for byte, letter in enumerate(VISIBLE)}
+HF_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class ForeignTokenizer:
@@ -499,28 +451,22 @@ class ForeignTokenizer:
     """
 
     def __init__(self, files, vocab_size, eot=None):
-        """files: {name: content} of tokenizer.json and tokenizer_config.json ("{}" if none).
+        """files: {name: text} of HF_FILES; eot: an id, in case that they name no eos_token.
 
-        vocab_size is the model's, often rounded up; eot an id, where the files name no eos_token.
+        vocab_size is the model's, often rounded up.
         """
         try:
             import tokenizers
         except ImportError:
-            raise ValueError(
-                "this model has a tokenizer of its own: pip install tokenizers"
-            ) from None
-        self.files, self.vocab_size = dict(files), vocab_size
+            raise ValueError("this model has its own tokenizer: pip install tokenizers") from None
+        self.files, self.vocab_size = files, vocab_size
         try:
-            content, config = (
-                json.loads(files[name]) for name in ("tokenizer.json", "tokenizer_config.json")
-            )
+            content, config = (json.loads(files[name]) for name in HF_FILES)
             self._theirs = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
             self._theirs.no_truncation()
             self._theirs.no_padding()
             self._tokens = self._token_bytes(content)
             self.eot, self.start = self._ends(config, eot)
-        except RecursionError:
-            raise ValueError("tokenizer.json is nested too deeply") from None
         except Exception as error:  # the package raises bare Exceptions
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise ValueError(f"tokenizer.json can't be used ({reason})") from None
@@ -537,16 +483,14 @@ class ForeignTokenizer:
         types = {part.get("type") for part in [decoder, *decoder.get("decoders", [])]}
         if not types & {"ByteLevel", "ByteFallback", "Metaspace"}:
             raise ValueError(f"decoder {types} is neither byte-level nor sentencepiece")
-        added = {token["id"]: token["content"] for token in content.get("added_tokens", [])}
+        added = {token["id"] for token in content.get("added_tokens", [])}
         tokens = np.full(self.vocab_size, b"", dtype=object)
         for token, i in self._theirs.get_vocab(with_added_tokens=True).items():
             if i >= self.vocab_size:
                 raise ValueError(f"token {i} is outside the model's {self.vocab_size}")
-            if i in added:
-                tokens[i] = added[i].encode()
-            elif "ByteLevel" in types:
+            if "ByteLevel" in types and i not in added:
                 tokens[i] = bytes(BYTE_OF[letter] for letter in token)
-            elif byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            elif (byte := re.fullmatch("<0x([0-9A-F]{2})>", token)) and i not in added:
                 tokens[i] = bytes.fromhex(byte[1])
             else:
                 tokens[i] = token.replace("\u2581", " ").encode()
@@ -556,14 +500,14 @@ class ForeignTokenizer:
         """Returns the end-of-text id and the ids that stand before a text."""
         names = (config.get("eos_token"), config.get("bos_token"))
         names = (name["content"] if isinstance(name, dict) else name for name in names)
-        ends, begins = (name and self._theirs.token_to_id(name) for name in names)
-        ends = eot if ends is None else ends
-        if type(ends) is not int or not 0 <= ends < self.vocab_size:
+        eos, bos = (name and self._theirs.token_to_id(name) for name in names)
+        eot = eot if eos is None else eos
+        if type(eot) is not int or not 0 <= eot < self.vocab_size:
             raise ValueError("no end-of-text token: eos_token in tokenizer_config.json names none")
-        start = [i for i in self._theirs.encode("").ids if i != ends or i == begins]
+        start = [i for i in self._theirs.encode("").ids if i != eot or i == bos]
         if type(config.get("add_bos_token")) is bool:
-            start = [begins] if config["add_bos_token"] and begins is not None else []
-        return ends, start
+            start = [bos] if config["add_bos_token"] and bos is not None else []
+        return eot, start
 
     def encode(self, text, allow_special=False):
         """Returns the ids of `text`; special tokens in it are text unless allowed."""
@@ -573,26 +517,15 @@ class ForeignTokenizer:
 
     def encode_array(self, documents):
         """Returns one flat array of uint16 or uint32: each document as encoded, then eot."""
-        parts, documents = [], iter(check_documents(documents))
-        self._theirs.encode_special_tokens = True
-        while batch := list(islice(documents, 256)):
-            for text in batch:
-                utf8(text)
-            for encoding in self._theirs.encode_batch_fast(batch, add_special_tokens=False):
-                parts.append(np.array([*self.start, *encoding.ids, self.eot], np.uint32))
         dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-        return np.concatenate(parts or [np.zeros(0)]).astype(dtype)
+        whole = ((*self.start, *self.encode(text), self.eot) for text in check_documents(documents))
+        return np.fromiter(chain.from_iterable(whole), dtype)
 
     decode, decode_bytes = Tokenizer.decode, Tokenizer.decode_bytes
 
     def state(self):
         """Returns plain types, to embed in a checkpoint."""
         return {**self.files, "vocab_size": self.vocab_size, "eot": self.eot}
-
-    @classmethod
-    def from_state(cls, state):
-        files = {name: text for name, text in state.items() if name.endswith(".json")}
-        return cls(files, state["vocab_size"], state["eot"])
 
     def save_hf(self, folder):
         """Writes its files as they came."""
@@ -603,45 +536,49 @@ class ForeignTokenizer:
 def load_hf(folder, vocab_size, eot=None):
     """Returns the tokenizer in a Hugging Face folder, None if there is none.
 
-    A Tokenizer where the files are those that Tokenizer.save_hf writes, else a ForeignTokenizer.
+    A Tokenizer where the file is one that Tokenizer.save_hf writes, else a ForeignTokenizer.
     """
-    files = {"tokenizer.json": None, "tokenizer_config.json": "{}"}
-    for name in files:
-        try:
+    there = [name for name in HF_FILES if os.path.exists(os.path.join(folder, name))]
+    if "tokenizer.json" not in there:
+        return None
+    files = dict.fromkeys(HF_FILES, "{}")
+    try:
+        for name in there:
             with open(os.path.join(folder, name), encoding="utf-8") as file:
                 files[name] = file.read()
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder}: {name} can't be read: {error}") from None
-    if files["tokenizer.json"] is None:
-        return None
-    try:
-        content = json.loads(files["tokenizer.json"])
-        ids = content["model"]["vocab"]
-        ours = Tokenizer(
-            [[ids[name] for name in pair.split()] for pair in content["model"]["merges"]]
-        )
-        if ours._hf_json() == content and ours.vocab_size == vocab_size:
-            return ours
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass  # not one of ours
-    try:
-        return ForeignTokenizer(files, vocab_size, eot)
+        ours = own_tokenizer(files["tokenizer.json"])
+        is_ours = ours and ours.vocab_size == vocab_size
+        return ours if is_ours else ForeignTokenizer(files, vocab_size, eot)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
 
+def own_tokenizer(text):
+    """Returns the Tokenizer that wrote this tokenizer.json, or None."""
+    try:
+        content = json.loads(text)
+        ids, merges = content["model"]["vocab"], content["model"]["merges"]
+        ours = Tokenizer([[ids[name] for name in pair.split()] for pair in merges])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # another file, or none at all
+    return ours if ours._hf_json() == content else None
+
+
 def write_text(path, text):
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """All or nothing: the file gets its name once it is whole and on the disk."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
-# ----------------------------------------------------------------------------------------------
-# 6. Command line
-# ----------------------------------------------------------------------------------------------
+# --- 6. Command line ------------------------------------------------------------------------------
 
 
 def read_documents(path):
@@ -649,26 +586,25 @@ def read_documents(path):
 
     A document beyond a megabyte comes in pieces, cut where no word changes (section 1).
     """
-    decoder, parts, size, at_line_start = codecs.getincrementaldecoder("utf-8")(), [], 0, True
-    with open(path, "rb") as file:
-        for data in chain(iter(partial(file.readline, 1 << 20), b""), [b""]):
-            try:
-                line = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:  # error.object: `data` and what was held back
-                offset = file.tell() - len(error.object) + error.start
-                remedy = "convert it with: iconv -f latin1 -t utf8"
-                raise ValueError(f"{path} is not UTF-8 at byte {offset}; {remedy}") from None
-            if at_line_start and line.rstrip("\r\n") == SPECIAL:
-                yield "".join(parts)
-                parts, size = [], 0
-            else:
-                parts.append(line)
-                size += len(line)
-            at_line_start = line.endswith("\n")
-            if size > 1 << 20:
-                *whole, rest = blocks("".join(parts))
-                yield from whole
-                parts, size = [rest], len(rest)
+    parts, size, at_line_start = [], 0, True
+    with open(path, encoding="utf-8", newline="\n") as file:
+        try:
+            while line := file.readline(1 << 20):
+                if at_line_start and line.rstrip("\r\n") == SPECIAL:
+                    yield "".join(parts)
+                    parts, size = [], 0
+                else:
+                    parts.append(line)
+                    size += len(line)
+                at_line_start = line.endswith("\n")
+                if size > 1 << 20:
+                    *whole, rest = blocks("".join(parts))
+                    yield from whole
+                    parts, size = [rest], len(rest)
+        except UnicodeDecodeError as error:  # error.object: the bytes read last
+            offset = file.buffer.tell() - len(error.object) + error.start
+            remedy = "convert it with: iconv -f latin1 -t utf8"
+            raise ValueError(f"{path} is not UTF-8 at byte {offset}; {remedy}") from None
     yield "".join(parts)
 
 
@@ -684,10 +620,9 @@ def main():
     parser.add_argument("--out", metavar="PATH", help="where to save the tokenizer (JSON)")
     parser.error = fail  # one line, instead of the usage and then the error
     args = parser.parse_args()
-    if args.out and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
+    folder = os.path.dirname(args.out or "") or "."
+    if args.out and (os.path.isdir(args.out) or not os.access(folder, os.W_OK)):
         fail(f"--out {args.out}: cannot write there; name a file in an existing folder of yours")
-    if args.out and os.path.isdir(args.out):
-        fail(f"--out {args.out} is a folder; give the name of a file in it")
     try:
         documents, show = read_documents(args.file), partial(print, end="   \r", flush=True)
         tok = Tokenizer.train(documents, args.vocab_size, progress=show)

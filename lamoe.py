@@ -1223,19 +1223,22 @@ QWEN3_MOE = {**MIXTRAL, "n_experts": "num_experts", "hidden_dim": "moe_intermedi
 
 
 class Family(NamedTuple):
-    """Which class of transformers, and what it calls things."""
+    """A class of transformers, what it calls things, and what a config.json without a key means."""
 
     architecture: str
     keys: dict[str, str]
+    absent: dict
     ffn: str = "mlp"
     gate_up_down: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
 
-FAMILIES = {  # model_type -> family; those of qwen3 have qk_norm
-    "llama": Family("LlamaForCausalLM", KEYS),
-    "qwen3": Family("Qwen3ForCausalLM", KEYS),
-    "mixtral": Family("MixtralForCausalLM", MIXTRAL, "block_sparse_moe", ("w1", "w3", "w2")),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", QWEN3_MOE),
+NO_WINDOW = {"use_sliding_window": False}
+FAMILIES = {  # model_type -> family; mistral is a llama with other defaults, and only read
+    "llama": Family("LlamaForCausalLM", KEYS, {"num_key_value_heads": None}),
+    "mistral": Family("LlamaForCausalLM", KEYS, {"sliding_window": 4096}),
+    "qwen3": Family("Qwen3ForCausalLM", KEYS, {**NO_WINDOW, "head_dim": 128}),
+    "mixtral": Family("MixtralForCausalLM", MIXTRAL, {}, "block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", QWEN3_MOE, {**NO_WINDOW, "norm_topk_prob": False}),
 }
 LLAMA3_ROPE = {  # rope_table's constants in their words; the factor varies
     "rope_type": "llama3",
@@ -1243,134 +1246,98 @@ LLAMA3_ROPE = {  # rope_table's constants in their words; the factor varies
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+LARGEST = 1 << 20  # of the sizes in a config.json: more is no model, and would only fill the memory
 
 
 def family_of(c: Config) -> str:
     """The model_type that computes what this config does; ValueError with the reason if none."""
-    if c.n_experts == 1:
-        return "qwen3" if c.qk_norm else "llama"
+    model_type = "mixtral" if c.n_experts > 1 else "llama"
+    if c.qk_norm:
+        model_type = "qwen3_moe" if c.n_experts > 1 else "qwen3"
     reason = None
-    if c.router != "topk":
+    if model_type == "llama" and c.dim % c.n_heads:  # transformers 5 insists
+        reason = f"a Llama's dim={c.dim} is a multiple of n_heads={c.n_heads}; train with --qk_norm"
+    elif c.n_experts > 1 and c.router != "topk":
         reason = f"no family routes like router={c.router!r}; train with --router topk"
-    elif c.n_shared_experts:
+    elif c.n_experts > 1 and c.n_shared_experts:
         reason = "Mixtral has no shared experts; train with --n_shared_experts 0"
-    elif c.n_dense_layers and not c.qk_norm:
+    elif model_type == "mixtral" and c.n_dense_layers:
         reason = "Mixtral has no dense layers; train with --n_dense_layers 0, or --qk_norm"
     if reason:
-        raise ValueError(f"this model can't be exported: {reason}")
-    return "qwen3_moe" if c.qk_norm else "mixtral"
+        raise ValueError(f"no Hugging Face folder can hold this model: {reason}")
+    return model_type
 
 
-def to_hf_config(c: Config, dtype: torch.dtype, tokenizer) -> dict:
-    """config.json, in the words of transformers 4 and of 5 where they differ."""
+def to_hf_config(c: Config) -> dict:
+    """The part of config.json that says what is computed, for transformers 4 and 5."""
     model_type, values = family_of(c), {**dataclasses.asdict(c), "head_dim": c.head_size}
-    if model_type == "llama" and c.dim % c.n_heads:  # transformers 5 checks it
-        raise ValueError(
-            f"this model can't be exported: a Llama's dim={c.dim} is a multiple of "
-            f"n_heads={c.n_heads}; train with --qk_norm (Qwen3), or other sizes"
-        )
-    family, rope = FAMILIES[model_type], {"rope_type": "default"}
+    rope = {"rope_type": "default"}
     if c.rope_factor != 1:
         rope = {**LLAMA3_ROPE, "factor": c.rope_factor}
-    dtype_name = str(dtype).removeprefix("torch.")
     theirs = {
-        "architectures": [family.architecture],
         "model_type": model_type,
-        **{key: values[field] for field, key in family.keys.items()},
+        **{key: values[field] for field, key in FAMILIES[model_type].keys.items()},
         "hidden_act": "silu",
         "attention_bias": False,
         "sliding_window": None,
         "rope_theta": c.rope_theta,  # transformers 4, and the next
         "rope_scaling": rope if c.rope_factor != 1 else None,
         "rope_parameters": {**rope, "rope_theta": c.rope_theta},  # transformers 5
-        "torch_dtype": dtype_name,  # 4
-        "dtype": dtype_name,  # 5
-        "bos_token_id": tokenizer.start[0] if tokenizer and tokenizer.start else None,
-        "eos_token_id": tokenizer.eot if tokenizer else None,
     }
     if model_type == "qwen3_moe":
-        theirs |= {
-            "num_local_experts": c.n_experts,  # 5; 4 says num_experts
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": list(range(min(c.n_dense_layers, c.n_layers))),
-            "intermediate_size": c.hidden_dim * c.top_k,  # of the dense layers
-        }
+        dense = list(range(min(c.n_dense_layers, c.n_layers)))
+        theirs |= {"mlp_only_layers": dense, "intermediate_size": c.hidden_dim * c.top_k}
+        theirs |= {"norm_topk_prob": True, "decoder_sparse_step": 1}
+        theirs["num_local_experts"] = c.n_experts  # transformers 5; 4 says num_experts
     return theirs
 
 
 def from_hf_config(theirs: dict) -> Config:
-    """The Config of a config.json of transformers 4 or 5; ValueError where ours can't say it."""
+    """The Config of a config.json of transformers 4 or 5; ValueError names what it can't say."""
     model_type = theirs.get("model_type")
-    theirs, window = {"tie_word_embeddings": False, **theirs}, theirs.get("sliding_window")
-    if model_type == "mistral":  # Llama with a window
-        model_type, window = "llama", theirs.get("sliding_window", 4096)
     if model_type not in [*FAMILIES]:
-        raise ValueError(f"model_type {model_type!r:.40} is none of {[*FAMILIES, 'mistral']}")
-    if model_type == "llama" and theirs.get("num_key_value_heads") is None:  # Llama 1
+        raise ValueError(f"model_type {model_type!r:.40} is none of {[*FAMILIES]}")
+    family = FAMILIES[model_type]
+    theirs = {"head_dim": None, "tie_word_embeddings": False, **family.absent, **theirs}
+    theirs["model_type"] = "llama" if model_type == "mistral" else model_type
+    if theirs.get("num_key_value_heads", 0) is None:  # Llama 1
         theirs["num_key_value_heads"] = theirs["num_attention_heads"]
     if model_type == "qwen3_moe" and "num_experts" not in theirs:  # transformers 5
         theirs["num_experts"] = theirs["num_local_experts"]
-    theirs.setdefault("head_dim", 128 if model_type == "qwen3" else None)
-    kinds = {int: (int,), float: (int, float), bool: (bool,), int | None: (int, type(None))}
-    values, keys = {"n_experts": 1, "top_k": 1}, FAMILIES[model_type].keys
-    for field in dataclasses.fields(Config):
-        if field.name in keys:
-            value = values[field.name] = theirs[keys[field.name]]
-            if type(value) not in kinds[field.type]:
-                kind = kinds[field.type][0].__name__
-                raise ValueError(f"{keys[field.name]}={value!r:.60} is no {kind}")
-    if model_type.startswith("qwen3") and not theirs.get("use_sliding_window", False):
-        window = None
-    if window is not None and window < values["seq_len"]:
-        raise ValueError(
-            f"sliding_window={window} is shorter than the context of {values['seq_len']}, and only "
-            f"full attention is supported; set max_position_embeddings to {window} to use less"
-        )
-    refuse_unknown(model_type, theirs, values)
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    theta = theirs.get("rope_theta", 1e6 if model_type == "mixtral" else 1e4)
+    values = {"n_experts": 1, "top_k": 1}
+    values |= {field: theirs[key] for field, key in family.keys.items()}
     values["n_dense_layers"] = len(theirs.get("mlp_only_layers") or [])
     values["qk_norm"] = model_type.startswith("qwen3")
-    return Config(**values, **read_rope(theirs, 1e6 if model_type == "mixtral" else 1e4))
+    values["rope_theta"] = rope.get("rope_theta", theta)
+    values["rope_factor"] = rope.get("factor", 1.0) if rope.get("rope_type") == "llama3" else 1.0
+    for field in (field for field in dataclasses.fields(Config) if field.name in values):
+        value, key = values[field.name], family.keys.get(field.name, field.name)
+        kinds = {int: [int], float: [float, int], bool: [bool]}.get(field.type, [int, type(None)])
+        if type(value) not in kinds or (field.type is not float and (value or 0) > LARGEST):
+            raise ValueError(f"{key}={value!r:.60} is no usable {kinds[0].__name__}")
+    c = Config(**values)
+    refuse_others(theirs, c)
+    return c
 
 
-def refuse_unknown(model_type: str, theirs: dict, values: dict) -> None:
-    """ValueError names what is switched on in config.json and isn't computed here."""
-    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    only |= {"quantization_config": None, "decoder_sparse_step": 1, "partial_rotary_factor": 1.0}
-    theirs = {**only, "norm_topk_prob": model_type != "qwen3_moe", **theirs}
-    for key, value in {**only, "norm_topk_prob": True}.items():
-        if theirs[key] != value:
-            raise ValueError(f"{key}={theirs[key]!r:.60} is not supported, only {value!r}")
-    if kinds := {*(theirs.get("layer_types") or [])} - {"full_attention"}:
-        raise ValueError(f"layer_types {kinds!r:.60} are not supported, only full attention")
-    if values["seq_len"] > 1 << 20:
-        raise ValueError(f"max_position_embeddings={values['seq_len']} is more than {1 << 20}")
-    if len(FAMILIES[model_type].keys) > len(KEYS) and values["n_experts"] == 1:
-        raise ValueError("a router over a single expert is not supported; save it as a Llama")
-    dense, wide = theirs.get("mlp_only_layers") or [], values["hidden_dim"] * values["top_k"]
-    if dense and (dense != [*range(len(dense))] or theirs.get("intermediate_size") != wide):
+def refuse_others(theirs: dict, c: Config) -> None:
+    """ValueError names the first thing that c, written as a config.json, says otherwise."""
+    window = theirs.get("sliding_window") if theirs.get("use_sliding_window", True) else None
+    if window is not None and window < c.seq_len:
         raise ValueError(
-            f"mlp_only_layers={dense!r:.60} is only supported for the first layers, and with "
-            f"intermediate_size={wide}, as wide as the experts chosen"
+            f"sliding_window={window} is shorter than the context of {c.seq_len}, and only full "
+            f"attention is supported; set max_position_embeddings to {window} to use less"
         )
-
-
-def read_rope(theirs: dict, theta: float) -> dict[str, float]:
-    """Our fields of RoPE, from either dialect; theta: the family's own, where the file has none."""
-    places = ("rope_parameters", "rope_scaling")
-    given = {key: value for place in places for key, value in (theirs.get(place) or {}).items()}
-    rope = {"rope_type": given.get("type", "default"), "partial_rotary_factor": 1.0, **given}
-    expected, factor = {"rope_type": "default", "partial_rotary_factor": 1.0}, 1.0
-    if rope["rope_type"] == "llama3":
-        expected, factor = expected | LLAMA3_ROPE, rope.pop("factor", None)
-    twice = rope.pop("type", rope["rope_type"]) != rope["rope_type"]
-    theta = rope.pop("rope_theta", theirs.get("rope_theta", theta))
-    twice |= theirs.get("rope_theta", theta) != theta
-    if twice or rope != expected or {type(theta), type(factor)} - {int, float}:
-        raise ValueError(
-            f"RoPE with {given!r:.160} is not supported, only the plain one and Llama 3.1's"
-        )
-    return {"rope_theta": float(theta), "rope_factor": float(factor)}
+    theirs = {**theirs, "sliding_window": None}
+    if not c.n_dense_layers:  # qwen3_moe: the width of layers that aren't there
+        theirs["intermediate_size"] = None
+    ours = {**to_hf_config(c), "mlp_bias": False, "quantization_config": None}
+    ours |= {"partial_rotary_factor": 1.0, "layer_types": ["full_attention"] * c.n_layers}
+    for key, value in ours.items():
+        if theirs.get(key) not in (None, value):
+            raise ValueError(f"{key}={theirs[key]!r:.160} is not supported, only {value!r:.160}")
 
 
 def hf_tensors(model: LaMoE) -> dict[str, Tensor]:
@@ -1378,11 +1345,10 @@ def hf_tensors(model: LaMoE) -> dict[str, Tensor]:
 
     The first half of gate_up_proj's rows is their gate, the second their up; expert e is row e.
     """
-    c, family = model.config, FAMILIES[family_of(model.config)]
+    family = FAMILIES[family_of(model.config)]
     tensors = {"model.embed_tokens": model.embed.weight, "model.norm": model.norm.weight}
-    if not c.tie_embeddings:
+    if not model.config.tie_embeddings:
         tensors["lm_head"] = model.head.weight
-    gate, up, down = family.gate_up_down
     for i, block in enumerate(model.blocks):
         at, ffn = f"model.layers.{i}", block.ffn
         tensors[f"{at}.input_layernorm"] = block.attn_norm.weight
@@ -1390,114 +1356,69 @@ def hf_tensors(model: LaMoE) -> dict[str, Tensor]:
         for name, weight in block.attn.named_parameters():  # q_proj.weight, ...
             tensors[f"{at}.self_attn.{name.removesuffix('.weight')}"] = weight
         if isinstance(ffn, SwiGLU):
-            parts = [(f"{at}.{family.ffn}", ffn.gate_up_proj.weight, ffn.down_proj.weight)]
+            parts = {f"{at}.{family.ffn}": (ffn.gate_up_proj.weight, ffn.down_proj.weight)}
         else:
             tensors[f"{at}.{family.ffn}.gate"] = ffn.router.weight
-            both = zip(ffn.experts.gate_up_proj, ffn.experts.down_proj, strict=True)
-            parts = [(f"{at}.{family.ffn}.experts.{e}", *two) for e, two in enumerate(both)]
-        for name, gate_up_proj, down_proj in parts:
-            tensors[f"{name}.{gate}"], tensors[f"{name}.{up}"] = gate_up_proj.chunk(2)
-            tensors[f"{name}.{down}"] = down_proj
+            experts = zip(ffn.experts.gate_up_proj, ffn.experts.down_proj, strict=True)
+            parts = {f"{at}.{family.ffn}.experts.{e}": both for e, both in enumerate(experts)}
+        for name, (gate_up, down) in parts.items():
+            three = zip(family.gate_up_down, (*gate_up.chunk(2), down), strict=True)
+            tensors |= {f"{name}.{part}": tensor for part, tensor in three}
     return {f"{name}.weight": tensor.detach() for name, tensor in tensors.items()}
 
 
-# The safetensors format: 8 bytes with the length of a header; the header, JSON, which gives each
-# tensor's dtype, shape and place; then the bytes of the tensors.
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-class Stored(NamedTuple):
-    """Where a tensor lies on disk."""
-
-    path: Path
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Wider dtypes first, so that each tensor is aligned."""
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
-    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape)}
-        header[name]["data_offsets"] = [start, end]
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.cpu().contiguous().view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors in a safetensors file; nothing of it is believed unchecked."""
+def import_safetensors():
     try:
-        size, stored = path.stat().st_size, {}
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, 100 << 20):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            (start, end), shape = entry["data_offsets"], tuple(entry["shape"])
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} is in {entry['dtype']!r:.20}; only {[*DTYPES]} are read")
-            dtype, whole = DTYPES[entry["dtype"]], all(type(n) is int for n in (start, end, *shape))
-            if not whole or not 0 <= start <= end or min((0, *shape)) < 0:
-                raise ValueError(f"{name} has impossible numbers")
-            if end - start != math.prod(shape) * dtype.itemsize or end > size - 8 - length:
-                raise ValueError(f"{name} does not lie in the file whole; is it truncated?")
-            stored[name] = Stored(path, 8 + length + start, dtype, shape)
-        return stored
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(f"{error}".split())[:200]
-        raise ValueError(f"{path} is not a whole safetensors file: {reason}") from None
+        import safetensors.torch
 
-
-def read_into(target: Tensor, file, stored: Stored) -> None:
-    """Bytes go from the file straight into the weight, if that is on the CPU and of their dtype."""
-    direct = target.device.type == "cpu" and target.dtype == stored.dtype
-    landing = target if direct else torch.empty(stored.shape, dtype=stored.dtype)
-    file.seek(stored.start)
-    if file.readinto(landing.view(torch.uint8).numpy()) != landing.nbytes:
-        raise ValueError(f"{stored.path} ends in the middle of a tensor; fetch it again")
-    if not direct:
-        target.copy_(landing)
-
-
-def find_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of a folder, in one file or in shards."""
-    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if not (folder / files[0]).exists() and index.exists():
-        shards = read_json(index).get("weight_map")
-        files = list(shards.values()) if isinstance(shards, dict) else [None]
-        if not all(isinstance(name, str) and Path(name).name == name for name in files):
-            raise ValueError(f"{index} names no files of this folder; fetch it again")
-    elif not (folder / files[0]).exists() and [*folder.glob("pytorch_model*.bin")]:
-        raise ValueError(
-            f'{folder} has its weights in pytorch_model.bin; convert them: python -c "from '
-            f"transformers import AutoModelForCausalLM as M; "
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
-        )
-    headers = [read_header(folder / name) for name in sorted(set(files))]
-    return {name: stored for header in headers for name, stored in header.items()}
+        safetensors.TensorSpec  # noqa: B018  what 0.8 brought, together with the backend "pread"
+    except (ImportError, AttributeError):
+        raise ValueError('Hugging Face folders need: pip install "safetensors>=0.8"') from None
+    return safetensors
 
 
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(f"{error}".split())[:200]
-        raise ValueError(f"{path} can't be read as JSON: {reason}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")
+        raise ValueError(f"{path.name} is no JSON object")
     return content
+
+
+def open_tensors(folder: Path) -> dict:
+    """{name of a tensor: the open file that holds it}, from one file or the shards of an index."""
+    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if not (folder / names[0]).exists() and index.exists():
+        names = sorted({Path(name).name for name in read_json(index)["weight_map"].values()})
+    elif not (folder / names[0]).exists() and [*folder.glob("pytorch_model*.bin")]:
+        raise ValueError(
+            'its weights are in pytorch_model.bin; convert them: python -c "from transformers '
+            f"import AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    safe_open = import_safetensors().safe_open
+    # pread: by default files are mapped, and would be in memory beside the weights
+    files = [safe_open(folder / name, "pt", backend="pread") for name in names]
+    return {name: file for file in files for name in file.keys()}
+
+
+def check_tensors(expected: dict[str, Tensor], files: dict, tied: bool) -> None:
+    """ValueError names tensors that are missing, not known, or of another shape than config's."""
+    known = {name for name in files if name.endswith("rotary_emb.inv_freq")}  # of old files
+    known |= {"lm_head.weight"} if tied else set()  # a copy of the embedding
+    missing, more = expected.keys() - files.keys(), files.keys() - expected.keys() - known
+    for word, names in (("lacks", missing), ("has unexpected", more)):
+        if names:
+            some = ", ".join(sorted(names)[:3])
+            raise ValueError(f"it {word} {len(names)} tensors: {some}{', ...' * (len(names) > 3)}")
+    for name, tensor in expected.items():
+        stored = files[name].get_slice(name)
+        if stored.get_shape() != [*tensor.shape]:
+            raise ValueError(f"{name} is {stored.get_shape()}, by its config {[*tensor.shape]}")
+        if stored.get_dtype() not in ("F32", "BF16", "F16"):
+            raise ValueError(f"{name} is in {stored.get_dtype()}; only F32, BF16, F16 are read")
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
@@ -1509,94 +1430,53 @@ class NoInit(torch.overrides.TorchFunctionMode):
         return args[0] if function is Tensor.zero_ else function(*args, **(kwargs or {}))
 
 
-def reserve(c: Config, device: str, dtype: torch.dtype) -> LaMoE:
-    """A model whose weights have no values yet."""
+def reserve(c: Config, files: dict, device: str, dtype: torch.dtype | None) -> LaMoE:
+    """A model for the tensors in these files, which are not read yet; dtype as for `load`."""
+    if c.n_layers * c.n_experts > len(files):
+        raise ValueError(f"{c.n_layers} layers of {c.n_experts} experts are not in its files")
+    stored = {name: file.get_slice(name).get_dtype() for name, file in files.items()}
+    is_bf16 = stored["model.embed_tokens.weight"] == "BF16"
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(dtype or (torch.bfloat16 if is_bf16 else torch.float32))
     try:
         with torch.device(device), NoInit():
-            return LaMoE(c)
+            model = LaMoE(c).eval()
     finally:
         torch.set_default_dtype(before)
+    for i, block in enumerate(model.blocks):  # a router computes in fp32: if stored so, it stays so
+        if stored.get(f"model.layers.{i}.{FAMILIES[family_of(c)].ffn}.gate.weight") == "F32":
+            block.ffn.router.float()
+    check_tensors(hf_tensors(model), files, c.tie_embeddings)
+    return model
 
 
 def load_hf(folder: str | os.PathLike, device: str, dtype: torch.dtype | None):
-    """`load` for a Hugging Face folder: weights stream in, without a second copy in memory."""
+    """`load` for a Hugging Face folder. One tensor at a time is in memory besides the model."""
     import bpe
 
     folder = Path(folder)
     if not (folder / "config.json").exists():
+        reason = "not a readable checkpoint, nor a Hugging Face folder: it has no config.json"
+        remedy = f"name a .pt file, such as {folder}/best.pt"
         if (folder / "params.json").exists():
-            raise ValueError(
-                f"{folder} is in Meta's own layout; convert it (transformers 4): python -m "
-                f"transformers.models.llama.convert_llama_weights_to_hf --input_dir {folder} "
-                f"--output_dir NEW_FOLDER"
-            )
-        raise ValueError(
-            f"{folder} is not a readable checkpoint, nor a Hugging Face folder: it has no "
-            f"config.json; name a .pt file, such as {folder}/best.pt"
-        )
-    theirs, stored = read_json(folder / "config.json"), find_tensors(folder)
+            reason, script = "in Meta's own layout", "models.llama.convert_llama_weights_to_hf"
+            remedy = f"convert it (transformers 4): python -m transformers.{script}"
+            remedy += f" --input_dir {folder} --output_dir NEW_FOLDER"
+        raise ValueError(f"{folder} is {reason}; {remedy}")
     try:
+        theirs, files = read_json(folder / "config.json"), open_tensors(folder)
         c = from_hf_config(theirs)
-        check_sizes(c, stored)
-        if dtype is None:
-            is_bf16 = stored["model.embed_tokens.weight"].dtype == torch.bfloat16
-            dtype = torch.bfloat16 if is_bf16 else torch.float32
-        model = reserve(c, device, dtype)
-        check_tensors(hf_tensors(model), stored, c.tie_embeddings)
+        model = reserve(c, files, device, dtype)
+        for name, weight in hf_tensors(model).items():
+            weight.copy_(files[name].get_tensor(name))
     except KeyError as error:
-        raise ValueError(f"{folder}/config.json lacks {error}") from None
-    except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{folder} can't be read: it lacks {error}") from error
+    except Exception as error:  # those of safetensors and torch have no common class
         reason = " ".join(f"{error}".split())[:300]
-        raise ValueError(f"{folder} can't be read: {reason}") from None
-    read_weights(model, stored)
+        raise ValueError(f"{folder} can't be read: {reason}") from error
     ends = theirs.get("eos_token_id")
-    tokenizer = bpe.load_hf(folder, c.vocab_size, ends[0] if isinstance(ends, list) else ends)
-    return model.eval(), tokenizer
-
-
-def read_weights(model: LaMoE, stored: dict[str, Stored]) -> None:
-    """Fills the model, file by file, each from its beginning to its end."""
-    for i, block in enumerate(model.blocks):
-        if isinstance(block.ffn, MoE):  # computes in fp32: what is stored so isn't rounded
-            gate = stored[f"model.layers.{i}.{FAMILIES[family_of(model.config)].ffn}.gate.weight"]
-            block.ffn.router.to(torch.promote_types(model.embed.weight.dtype, gate.dtype))
-    targets = hf_tensors(model)
-    for path in sorted({stored[name].path for name in targets}):
-        names = [name for name in targets if stored[name].path == path]
-        with open(path, "rb") as file:
-            for name in sorted(names, key=lambda name: stored[name].start):
-                read_into(targets[name], file, stored[name])
-
-
-def check_sizes(c: Config, stored: dict[str, Stored]) -> None:
-    """Refuses a config far from its files, before memory is reserved for what it promises."""
-    if c.n_layers * c.n_experts > len(stored):
-        raise ValueError(f"{c.n_layers} layers of {c.n_experts} experts are not in its files")
-    shapes = {
-        "model.embed_tokens": (c.vocab_size, c.dim),
-        "model.layers.0.self_attn.q_proj": (c.n_heads * c.head_size, c.dim),
-    }
-    for name, shape in shapes.items():
-        found = stored.get(f"{name}.weight")
-        if not found or found.shape != shape:
-            there = f"is {[*found.shape]}" if found else "is missing"
-            raise ValueError(f"{name}.weight {there}, by its config {[*shape]}")
-
-
-def check_tensors(expected: dict[str, Tensor], stored: dict[str, Stored], tied: bool) -> None:
-    """ValueError names tensors that are missing, not known, or of another shape than config's."""
-    known = {name for name in stored if name.endswith("rotary_emb.inv_freq")}  # of old files
-    known |= {"lm_head.weight"} if tied else set()  # a copy of the embedding
-    missing, more = expected.keys() - stored.keys(), stored.keys() - expected.keys() - known
-    for word, names in (("lacks", missing), ("has unexpected", more)):
-        if names:
-            some = ", ".join(sorted(names)[:3])
-            raise ValueError(f"it {word} {len(names)} tensors: {some}{', ...' * (len(names) > 3)}")
-    for name, tensor in expected.items():
-        if (shape := stored[name].shape) != tensor.shape:
-            raise ValueError(f"{name} is {[*shape]}, by its config {[*tensor.shape]}")
+    ends = ends[0] if isinstance(ends, list) and ends else ends
+    return model, bpe.load_hf(folder, c.vocab_size, ends)
 
 
 def save_hf(model: LaMoE, tokenizer, folder: str | os.PathLike, shard_bytes: int = 5 * 10**9):
@@ -1604,37 +1484,42 @@ def save_hf(model: LaMoE, tokenizer, folder: str | os.PathLike, shard_bytes: int
 
     The folder is new or empty, and appears whole: it is written under another name first.
     """
-    import bpe
-
-    folder = Path(folder)
+    c, folder = model.config, Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is there already; name a new folder")
-    if tokenizer and tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model "
-            f"{model.config.vocab_size}; export them as they were trained"
-        )
-    theirs = to_hf_config(model.config, model.embed.weight.dtype, tokenizer)
-    ends = {key: theirs[key] for key in ("bos_token_id", "eos_token_id")}
-    texts = {"config.json": theirs, "generation_config.json": ends}
-    shards = shard(hf_tensors(model), shard_bytes)
+    if tokenizer and tokenizer.vocab_size != c.vocab_size:
+        sizes = f"the tokenizer has {tokenizer.vocab_size} ids and the model {c.vocab_size}"
+        raise ValueError(f"{sizes}; export them as they were trained")
+    safetensors, dtype = import_safetensors(), model.embed.weight.dtype
+    config = {"architectures": [FAMILIES[family_of(c)].architecture], **to_hf_config(c)}
+    for key in ("torch_dtype", "dtype"):  # transformers 4 and 5
+        config[key] = str(dtype).removeprefix("torch.")
+    if tokenizer:
+        config["eos_token_id"] = tokenizer.eot
+        config["bos_token_id"] = tokenizer.start[0] if tokenizer.start else None
+    texts, shards = {"config.json": config}, shard(hf_tensors(model), shard_bytes)
     if len(shards) > 1:
-        weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
-        total = sum(t.nbytes for tensors in shards.values() for t in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        size = sum(tensor.nbytes for part in shards.values() for tensor in part.values())
+        weight_map = {name: file for file, part in shards.items() for name in part}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         texts["model.safetensors.index.json"] = index
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         for name, content in texts.items():
-            bpe.write_text(temporary / name, json.dumps(content, indent=2) + "\n")
-        for name, tensors in shards.items():
-            write_safetensors(temporary / name, tensors)
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name, part in shards.items():
+            safetensors.torch.save_file(part, temporary / name, {"format": "pt"})
         if tokenizer:
             tokenizer.save_hf(temporary)
+        for path in temporary.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
         if folder.exists():
             folder.rmdir()
         os.rename(temporary, folder)
+    except safetensors.SafetensorError as error:  # its words for a full disk
+        raise OSError(f"{folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

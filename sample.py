@@ -142,10 +142,8 @@ def answer(model, tokenizer, prompt: str, args, generator: torch.Generator) -> l
     ids = [*tokenizer.start, *tokenizer.encode(prompt)] or [tokenizer.eot]
     seq_len = model.config.seq_len
     if len(ids) >= seq_len:
-        raise ValueError(
-            f"the prompt has {len(ids) - 1} tokens and the model reads {seq_len} at most; "
-            f"shorten it to {seq_len - 2}"
-        )
+        most = f"the model reads {seq_len} at most; shorten it to {seq_len - 2}"
+        raise ValueError(f"the prompt has {len(ids) - 1} tokens and {most}")
     how = (args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     batch_BT = torch.tensor([ids] * args.n, device=args.device)
     texts = [Continuation(tokenizer, args.stop) for _ in range(args.n)]
@@ -353,113 +351,12 @@ def print_text(x: Look, config, rows: list[int], most: int = 500) -> None:
 
 # --- 4. The same as a page ------------------------------------------------------------------------
 
-PAGE = """<!doctype html><html lang="en">
-<meta name="generator" content="LaMoE sample.py">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width">
-<title>Which expert each token goes to</title>
-<style>
-  :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; scroll-padding: 35vh }
-  body { max-width: 60rem; margin: auto; padding: 0 1rem }
-  nav { line-height: 2.2 }
-  label, button { margin-right: 0.6rem; font: inherit }
-  button, span { color: black; border: 0; border-radius: 3px }
-  [aria-pressed=true], .current { outline: 2px solid CanvasText; outline-offset: 1px }
-  p { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.8 }
-  p span:empty { padding-left: 0.4em }
-  p .faded { background: none !important; color: GrayText }
-  output { position: sticky; bottom: 0; display: block; min-height: 6rem; max-height: 35vh;
-    overflow: auto; background: Canvas; border-top: 1px solid; padding: 0.5rem 0 }
-  output div { display: flex; gap: 2px; margin-top: 2px }
-  output b { flex: 0 0 5rem }
-  output span { flex-basis: 4.5rem; padding-left: 0.4rem }
-</style>
-<h1>Which expert each token goes to</h1>
-<nav id="layers" aria-label="Layer"></nav>
-<nav id="legend" aria-label="First expert; press one to see its tokens only"></nav>
-<main tabindex="0" aria-label="The text; arrow keys go from token to token"></main>
-<output>Point at a token; or press Tab to reach the text, and then the arrow keys.</output>
-<script type="application/json">DATA</script>
-<script>
-const find = selector => document.querySelector(selector), main = find("main");
-const page = JSON.parse(find("[type='application/json']").textContent), colours = page.palette;
-const lines = ["none", "underline", "underline wavy", "underline dotted", "line-through"];
-const tokens = [], spans = [], buttons = [];
-let layer = page.start, pinned = -1, current = -1;
-
-function add(parent, tag, text = "", properties = {}) {
-  const node = parent.appendChild(document.createElement(tag));
-  node.append(text);  // as text: nothing in it is ever markup
-  return Object.assign(node, properties);
-}
-function dye(node, expert) {
-  node.style.background = colours[expert % colours.length];
-  node.style.textDecoration = lines[Math.floor(expert / colours.length) % lines.length];
-}
-function draw() {
-  const counts = buttons.map(() => 0);
-  tokens.forEach(({ experts: { [layer]: [first] } }, i) => {
-    counts[first]++;
-    dye(spans[i], first);
-    spans[i].classList.toggle("faded", pinned >= 0 && pinned !== first);
-  });
-  buttons.forEach((button, e) => {
-    button.textContent = `${e}: ${(100 * counts[e] / tokens.length).toFixed(1)}%`;
-    button.setAttribute("aria-pressed", e === pinned);
-  });
-}
-function goTo(i) {
-  spans[current]?.classList.remove("current");
-  current = Math.max(0, Math.min(tokens.length - 1, i));
-  spans[current].classList.add("current");
-  const { text, id, position, experts, weights } = tokens[current];
-  const what = `${JSON.stringify(text)}, token ${id}, position ${position}; expert: weight`;
-  find("output").textContent = what;
-  experts.forEach((chosen, l) => {
-    const bar = add(find("output"), "div");
-    add(bar, "b", `layer ${page.layers[l]}`);
-    chosen.forEach((e, a) => {
-      const part = add(bar, "span", `${e}: ${weights[l][a].toFixed(2)}`);
-      part.style.flexGrow = weights[l][a];
-      dye(part, e);
-    });
-  });
-}
-page.layers.forEach((name, l) => {
-  const label = add(find("#layers"), "label"), onchange = () => { layer = l; draw(); };
-  add(label, "input", "", { type: "radio", name: "layer", checked: l === layer, onchange });
-  label.append(` layer ${name}`);
-});
-for (let e = 0; e < page.n_experts; e++) {
-  const onclick = () => { pinned = pinned === e ? -1 : e; draw(); };
-  buttons.push(add(find("#legend"), "button", "", { onclick }));
-  dye(buttons[e], e);
-}
-for (const text of page.texts) {
-  add(main, "h2", text.source);
-  const paragraph = add(main, "p");
-  for (const token of text.tokens) {
-    const i = tokens.push(token) - 1, onmousemove = () => goTo(i);
-    spans.push(add(paragraph, "span", token.text.replaceAll("\\n", "\\u21b5\\n"), { onmousemove }));
-  }
-}
-main.onkeydown = event => {
-  const to = { ArrowRight: current + 1, ArrowLeft: current - 1, Home: 0, End: Infinity }[event.key];
-  if (to === undefined) return;
-  event.preventDefault();
-  goTo(to);
-  spans[current].scrollIntoView({ block: "nearest" });
-};
-draw();
-</script>
-</html>
-"""
+PAGE = Path(__file__).parent / "data/experts.html"  # DATA in it stands for the JSON of make_page
 
 
 def check_page(path: str) -> None:
     """Only a page of ours is written over: a slip of the finger must not cost anybody a file."""
-    target, opening = Path(path), "".join(PAGE.splitlines(True)[:2]).encode()  # names its author
+    target, opening = Path(path), b"".join(PAGE.read_bytes().splitlines(True)[:2])  # its author
     if not target.parent.is_dir():
         raise ValueError(f"--html {path}: there is no folder {target.parent}; make it first")
     if target.is_file():
@@ -483,21 +380,7 @@ def make_page(looks: list[Look], config, start: int, most: int = 10_000) -> str:
     layers = list(range(config.n_dense_layers, config.n_layers))
     data = {"n_experts": config.n_experts, "palette": PALETTE, "layers": layers, "start": start}
     safe = json.dumps({**data, "texts": texts}).replace("<", "\\u003c")  # can't end its script
-    return PAGE.replace("DATA", safe)
-
-
-def write_page(path: str, page: str) -> None:
-    """The file gets its name once it is whole."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="ascii") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    print(f"[{path}: open it in a browser]", file=sys.stderr)
+    return PAGE.read_text(encoding="ascii").replace("DATA", safe)
 
 
 # --- 5. What runs ---------------------------------------------------------------------------------
@@ -519,7 +402,8 @@ def show_experts(looks: list[Look], config, tokenizer, args) -> None:
         print_text(x, config, rows)
     print_tables(looks, config, tokenizer, rows)
     if args.html:
-        write_page(args.html, make_page(looks, config, rows[0]))
+        bpe.write_text(args.html, make_page(looks, config, rows[0]))
+        print(f"[{args.html}: open it in a browser]", file=sys.stderr)
 
 
 def respond(model, tokenizer, args, generator, prompt: str) -> None:
@@ -534,10 +418,8 @@ def run(args) -> None:
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model, tokenizer = lamoe.load(path, args.device, dtype)
     if tokenizer is None:
-        raise ValueError(
-            f"{path} has no tokenizer; make a model with one (python train.py), or put the model's "
-            f"tokenizer.json there"
-        )
+        remedy = "make a model with one (python train.py), or put the model's tokenizer.json there"
+        raise ValueError(f"{path} has no tokenizer; {remedy}")
     if args.show_experts:
         layers_to_show(model.config, args.layer)
     if args.html:

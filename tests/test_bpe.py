@@ -449,7 +449,7 @@ def run_cli(monkeypatch, capsys, *arguments):
         (b"some text", ["--vocab", "x", "--what"], "invalid int value"),
         (b"some text", ["--what"], "unrecognized arguments: --what"),
         (b"some text", ["--out", "nowhere/tok.json"], "existing folder"),
-        (b"some text", ["--out", "."], "is a folder; give"),
+        (b"some text", ["--out", "."], "existing folder"),
     ],
 )
 def test_mistake_is_one_line_and_exit_code_2(

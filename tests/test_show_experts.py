@@ -412,7 +412,7 @@ def test_the_page_needs_nothing_else():
     forbids = {"http-equiv": "Content-Security-Policy", "content": "default-src 'unsafe-inline'"}
     assert ("meta", forbids) in EMPTY.elements  # the browser itself refuses to load anything
     assert not {"src", "href", "srcset"} & {name for _, a in EMPTY.elements for name in a}
-    assert not re.search(r"https?:|//\w|url\(|@import|fetch\(|innerHTML =", sample.PAGE)
+    assert not re.search(r"https?:|//\w|url\(|@import|fetch\(|innerHTML =", sample.PAGE.read_text())
 
 
 def test_the_page_holds_each_tokens_experts_and_weights(workplace, capsys):
