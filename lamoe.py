@@ -951,7 +951,8 @@ class LaMoE(nn.Module):
             raise ValueError("generate needs the model in evaluation mode; call model.eval() first")
         T, n_new = ids_BT.shape[1], min(max_new_tokens, self.config.seq_len - ids_BT.shape[1])
         filters = (temperature, top_k, top_p, min_p)
-        step = Step(self, len(ids_BT), T + max(0, n_new), filters, repetition_penalty, stop)
+        length = min(self.config.seq_len, -(-(T + max(0, n_new)) // 256) * 256)  # few lengths:
+        step = Step(self, len(ids_BT), length, filters, repetition_penalty, stop)  # few kernels
         if graph or graph is None and ids_BT.is_cuda and n_new >= 64 and can_capture(self, ids_BT):
             step.capture(compile)
         for n in range(n_new):
@@ -1497,7 +1498,9 @@ def save_hf(model: LaMoE, tokenizer, folder: str | os.PathLike, shard_bytes: int
     if tokenizer:
         config["eos_token_id"] = tokenizer.eot
         config["bos_token_id"] = tokenizer.start[0] if tokenizer.start else None
-    texts, shards = {"config.json": config}, shard(hf_tensors(model), shard_bytes)
+    ends = {key: id_ for key, id_ in config.items() if key in ("bos_token_id", "eos_token_id")}
+    texts = {"config.json": config, "generation_config.json": ends}
+    shards = shard(hf_tensors(model), shard_bytes)
     if len(shards) > 1:
         size = sum(tensor.nbytes for part in shards.values() for tensor in part.values())
         weight_map = {name: file for file, part in shards.items() for name in part}

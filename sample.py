@@ -35,6 +35,8 @@ import lamoe
 
 # --- 1. Flags -------------------------------------------------------------------------------------
 
+LONG = 20_000  # tokens: from there on compiling takes less time than it saves
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     class OneLine(argparse.ArgumentParser):
@@ -49,7 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue; without it, a conversation")
     add("--model", metavar="PATH", help="a checkpoint, or a Hugging Face folder; default: newest")
-    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: as it is stored")
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on a GPU")
     add("--max_new_tokens", type=count, default=200)
     add("--temperature", type=number(float, lambda t: t >= 0, "0 or more"), default=0.8)
     add("--top_k", type=count, help="draw from the k likeliest tokens")
@@ -63,6 +65,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     few = number(int, lambda n: 0 < n <= 1024, "above 0 and at most 1024")
     add("-n", type=few, default=1, help="how many continuations, drawn as one batch")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    pays = "on a GPU: half a minute before the first text, then three times the speed"
+    add("--compile", action="store_true", help=f"{pays}; by itself from {LONG:,} tokens on")
     add("--show_experts", action="store_true", help="which expert each token went to")
     text = "show the experts of this UTF-8 text, write nothing; several are compared"
     add("--text", metavar="FILE", action="append", default=[], help=text)
@@ -150,8 +154,11 @@ def answer(model, tokenizer, prompt: str, args, generator: torch.Generator) -> l
     stream = partial(print, end="", flush=True) if args.n == 1 else lambda piece: None
     started = time.perf_counter()
     stream(prompt)
+    compiled = args.compile or args.n == 1 and args.max_new_tokens >= LONG
     try:
-        for ids_B in model.generate(batch_BT, args.max_new_tokens, *how, tokenizer.eot, generator):
+        for ids_B in model.generate(
+            batch_BT, args.max_new_tokens, *how, tokenizer.eot, generator, compile=compiled
+        ):
             for text, i in zip(texts, ids_B.tolist(), strict=True):
                 stream(text.add(i))
             if all(text.ended for text in texts):
@@ -416,6 +423,8 @@ def respond(model, tokenizer, args, generator, prompt: str) -> None:
 def run(args) -> None:
     args.device, path = lamoe.pick_device(args.device), args.model or newest_model()
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    if args.dtype == "auto" and args.device == "cuda":  # it was trained in bf16, and reads half
+        dtype = torch.bfloat16
     model, tokenizer = lamoe.load(path, args.device, dtype)
     if tokenizer is None:
         remedy = "make a model with one (python train.py), or put the model's tokenizer.json there"

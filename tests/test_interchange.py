@@ -711,6 +711,8 @@ def run_folder(tmp_path_factory):
 def test_what_default_training_makes_exports_and_talks_the_same(run_folder, capsys):
     assert call(lamoe, "export", run_folder / "run/best.pt", "folder") == 0
     model, tokenizer = lamoe.load(run_folder / "run/best.pt")
+    ends = json.loads(Path("folder/generation_config.json").read_text())
+    assert ends == {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
     twin = theirs("folder")
     assert type(twin).__name__ == "Qwen3MoeForCausalLM"
     assert_same_logits(model, twin)

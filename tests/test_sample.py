@@ -226,7 +226,7 @@ def test_n_continuations_are_one_batch(capsys):
 def batch(*texts, flags=()):
     """What is printed if row k of the batch says texts[k], a byte a time."""
 
-    def generate(ids_BT, max_new_tokens, *args):
+    def generate(ids_BT, max_new_tokens, *args, **options):
         for column in zip_longest(*(t.encode() for t in texts), fillvalue=BYTES.eot):
             yield torch.tensor(column)
         raise AssertionError("asked for more after all had ended")
@@ -267,7 +267,7 @@ def test_text_the_terminal_cannot_show_does_not_stop_the_program():
         assert ascii_only.buffer.getvalue().decode().strip() == "> a??b"
 
 
-def interrupted(*args):
+def interrupted(*args, **options):
     """A model that says "ab" to every prompt, until somebody presses Ctrl-C."""
     n_rows = len(args[1])
     yield torch.tensor([97] * n_rows)
