@@ -6,6 +6,7 @@ grows under a temporary name and is renamed when all of it is on the disk, so th
 cut off is never taken for a whole one. Memory holds one batch of text at a time.
 """
 
+import contextlib
 import os
 import shutil
 import time
@@ -58,7 +59,10 @@ def batches(pieces):
 
 
 class replacing:
-    """A binary file that takes its place only when all of it is written: with replacing(p) as f."""
+    """A binary file that takes its place only when all of it is written: with replacing(p) as f.
+
+    What a killed process left of the same file is removed: nobody holds its lock any more.
+    """
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -66,15 +70,47 @@ class replacing:
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        for left in self.path.parent.glob(f"{self.path.name}.*.tmp"):
+            remove_unless_held(left)
         self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed in __exit__
+        hold(self.file)
         return self.file
 
     def __exit__(self, error, *rest):
-        with self.file:
+        try:
+            with self.file:
+                if not error:
+                    self.file.flush()
+                    os.fsync(self.file.fileno())
             if not error:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-        if error:
+                os.replace(self.temporary, self.path)
+                flush_folder(self.path.parent)
+        finally:
             self.temporary.unlink(missing_ok=True)
-        else:
-            os.replace(self.temporary, self.path)
+
+
+def hold(file) -> None:
+    """Locks an open file until it is closed; OSError if another process has. Windows needs none:
+    there an open file can't be removed."""
+    if os.name == "posix":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def remove_unless_held(path: Path) -> None:
+    with contextlib.suppress(OSError):  # somebody writes it now
+        if time.time() - path.stat().st_mtime > 5:  # and may have been about to lock it
+            with open(path, "rb+") as file:
+                hold(file)
+            path.unlink()
+
+
+def flush_folder(folder: Path) -> None:
+    """Flushes a folder's entries to the disk: until then a power cut may undo a rename in it."""
+    if os.name == "posix":
+        entries = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(entries)
+        finally:
+            os.close(entries)
