@@ -61,7 +61,7 @@ def batches(pieces):
 class replacing:
     """A binary file that takes its place only when all of it is written: with replacing(p) as f.
 
-    What a killed process left of the same file is removed: nobody holds its lock any more.
+    What killed processes left of such files is removed: nobody holds their locks any more.
     """
 
     def __init__(self, path: Path):
@@ -70,7 +70,7 @@ class replacing:
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for left in self.path.parent.glob(f"{self.path.name}.*.tmp"):
+        for left in self.path.parent.glob(f"*{self.path.suffix}.*.tmp"):
             remove_unless_held(left)
         self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed in __exit__
         hold(self.file)
@@ -86,7 +86,8 @@ class replacing:
                 os.replace(self.temporary, self.path)
                 flush_folder(self.path.parent)
         finally:
-            self.temporary.unlink(missing_ok=True)
+            if self.temporary.exists():
+                self.temporary.unlink()
 
 
 def hold(file) -> None:
