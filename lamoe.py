@@ -1221,7 +1221,7 @@ def check_parts(checkpoint, size: int) -> None:
             waiting += part.values() if isinstance(part, dict) else part
         elif not isinstance(part, (str, bytes, int, float, NoneType)):
             raise ValueError(f"it holds a {type(part).__name__}")
-        if claimed > 2 * size or n > 10**7:
+        if claimed > 2 * size or n > size:
             raise ValueError("it claims to hold more than the file is large")
 
 
@@ -1248,9 +1248,10 @@ def build(checkpoint: dict, path: str | os.PathLike):
         raise ValueError(f"{path} does not fit this version of LaMoE: {reason}") from None
     state = checkpoint.get("tokenizer")
     try:
-        tokenizer = bpe.Tokenizer.from_state(state) if state else None
-    except ValueError as error:
-        raise ValueError(f"{path}: its tokenizer is unusable: {error}; train again") from None
+        tokenizer = None if state is None else bpe.Tokenizer.from_state(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: its tokenizer is unusable: {reason}; train again") from None
     if tokenizer and tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, "

@@ -53,7 +53,7 @@ import bpe
 import lamoe
 from bpe import Tokenizer
 from data import datasets
-from data.tokens import encode
+from data.tokens import encode, replacing
 
 # --- 1. What can be chosen: fields are flags ------------------------------------------------------
 
@@ -684,7 +684,7 @@ def make_tokenizer(settings: TrainConfig, known: dict, corpus) -> Tokenizer:
     if settings.tokenizer == "bytes":
         return Tokenizer([])
     code = hashlib.sha256(Path(bpe.__file__).read_bytes()).hexdigest()[:8]  # an edit: learn anew
-    path = datasets.CACHE / f"{corpus.key}-{known['vocab_size']}-{code}.json"
+    path = datasets.CACHE / f"{corpus.key}-{known['vocab_size']}-{code}.bpe"
     if path.exists():
         return Tokenizer.load(path)
     every = math.ceil(corpus.train.n_bytes / SAMPLE)
@@ -692,8 +692,8 @@ def make_tokenizer(settings: TrainConfig, known: dict, corpus) -> Tokenizer:
         say(f"tokenizer  learns from every {every}th document, of {SAMPLE / 1e6:.0f} MB in all")
     sample = itertools.islice(corpus.train, 0, None, every)
     tokenizer = Tokenizer.train(sample, known["vocab_size"], say_in_place)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(path)
+    with replacing(path) as file:
+        file.write(json.dumps(tokenizer.state()).encode())
     return tokenizer
 
 

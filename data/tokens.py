@@ -19,6 +19,7 @@ BATCH = 1 << 22  # encoded at a time [characters]
 
 def encode(documents, tokenizer, path: Path, progress=None) -> np.ndarray:
     """The ids of a datasets.Documents, mapped; made if not there."""
+    remove_leftovers(path.parent)
     if not path.exists():
         with replacing(path) as file:
             write_ids(file, documents.pieces(), documents.n_bytes, tokenizer, progress)
@@ -61,7 +62,7 @@ def batches(pieces):
 class replacing:
     """A binary file that takes its place only when all of it is written: with replacing(p) as f.
 
-    What killed processes left of such files is removed: nobody holds their locks any more.
+    Its temporary one is locked as long as it is written: one without a lock is a dead process's.
     """
 
     def __init__(self, path: Path):
@@ -70,11 +71,12 @@ class replacing:
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for left in self.path.parent.glob(f"*{self.path.suffix}.*.tmp"):
-            remove_unless_held(left)
-        self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed in __exit__
-        hold(self.file)
-        return self.file
+        while True:
+            self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed in __exit__
+            lock(self.file, wait=True)
+            if self.temporary.exists():
+                return self.file
+            self.file.close()  # taken for a leftover just before it was locked
 
     def __exit__(self, error, *rest):
         try:
@@ -90,21 +92,23 @@ class replacing:
                 self.temporary.unlink()
 
 
-def hold(file) -> None:
-    """Locks an open file until it is closed; OSError if another process has. Windows needs none:
-    there an open file can't be removed."""
+def lock(file, wait: bool) -> None:
+    """Locks an open file until it is closed; without waiting, OSError if another process has.
+
+    Windows needs none here: an open file can't be removed there.
+    """
     if os.name == "posix":
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
-def remove_unless_held(path: Path) -> None:
-    with contextlib.suppress(OSError):  # somebody writes it now
-        if time.time() - path.stat().st_mtime > 5:  # and may have been about to lock it
-            with open(path, "rb+") as file:
-                hold(file)
-            path.unlink()
+def remove_leftovers(cache: Path) -> None:
+    """The temporary files of processes that were killed. Windows keeps them: they are open here."""
+    for left in [left for kind in ("ids", "npz", "bpe") for left in cache.glob(f"*.{kind}.*.tmp")]:
+        with contextlib.suppress(OSError), open(left, "rb+") as file:
+            lock(file, wait=False)  # OSError if somebody writes it now
+            left.unlink()
 
 
 def flush_folder(folder: Path) -> None:

@@ -14,15 +14,17 @@ import argparse
 import builtins
 import contextlib
 import csv
-import errno
+import json
 import os
+import pickle
 import random
+import resource
 import shutil
 import signal
-import stat
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
@@ -31,6 +33,7 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401 - once, not in each child
 from tiny_run import TINY, call, make_text  # noqa: E402
 
+import bpe  # noqa: E402
 import lamoe  # noqa: E402
 import train  # noqa: E402
 from data import datasets  # noqa: E402
@@ -116,7 +119,8 @@ def end_of(folder: Path) -> dict:
 
 
 def complain(folder: Path, what: str) -> str:
-    return f"{what}: {(folder / 'output.txt').read_text()[-600:]}"
+    said = (folder / "output.txt").read_text(errors="replace")
+    return f"{what}; it said: ... {said[-300:]}"
 
 
 def check_end(folder: Path, straight: dict, what: str) -> None:
@@ -260,16 +264,9 @@ def kill_at(root: Path, n: int, straight: dict, flags=FLAGS) -> None:
 
     code = finish(start(folder, flags, lambda: Disk(act)))
     assert code == -signal.SIGKILL, complain(folder, f"event {n}: exit code {code}")
-    age_leftovers(folder)
     code = finish(start(folder, flags))
     assert code == 0, complain(folder, f"after a kill at event {n}: exit code {code}")
     check_end(folder, straight, f"after a kill at event {n}")
-
-
-def age_leftovers(folder: Path) -> None:
-    """As if some seconds had gone by: those of the cache are removed only then."""
-    for left in folder.rglob("*.tmp"):
-        os.utime(left, (1, 1))
 
 
 def fail_at(root: Path, n: int, number: int, straight: dict, flags=FLAGS) -> bool:
@@ -402,7 +399,6 @@ def check_cut(folder: Path, straight: dict, saved: int, flags=FLAGS) -> int:
     if (folder / "run" / "last.pt").exists():
         step = lamoe.read(folder / "run" / "last.pt")["done"]["step"]
     assert step >= saved, f"{folder.name}: step {saved} was saved and {step} is there"
-    age_leftovers(folder)
     code = finish(start(folder, flags))
     assert code == 0, complain(folder, f"{folder.name}: exit code {code}")
     check_end(folder, straight, folder.name)
@@ -418,7 +414,283 @@ def power(root: Path, n: int) -> None:
     print(f"power: {len(cuts)} different remains of a run, all went on to the same end")
 
 
-CAMPAIGNS = {"kills": (kills, 300), "power": (power, 0)}
+# ----------------------------------------------------------------------------------------------
+# 4. Damaged and hostile files
+# ----------------------------------------------------------------------------------------------
+
+
+def verdict(read, path, seconds=20) -> str | None:
+    """What read(path) complained of, in one line; None if it took it. All else is an error."""
+
+    def too_long(number, frame):
+        raise AssertionError(f"{path}: still at it after {seconds} seconds")
+
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(seconds)
+    try:
+        read(path)
+    except (ValueError, OSError) as error:
+        message = str(error)
+        assert 10 < len(message) < 600 and "\n" not in message, f"{path}: {message!r}"
+        return message
+    finally:
+        signal.alarm(0)
+    return None
+
+
+def flipped(content: bytes, rng, bits: int = 1) -> bytes:
+    changed = bytearray(content)
+    for _ in range(bits):
+        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def damages(content: bytes, flips: int, rng):
+    """Yields the content cut at every 4 KiB and with flipped bits."""
+    for size in range(0, len(content), 4096):
+        yield content[:size]
+    for _ in range(flips):
+        yield flipped(content, rng)
+
+
+def damage_checkpoint(path: Path, flips: int, rng) -> tuple[int, int]:
+    """Each damaged copy of a checkpoint is as the whole one, or refused: (all, refused)."""
+    whole, content, copy = dict(leaves(lamoe.read(path))), path.read_bytes(), path.with_name("copy")
+    n = refused = 0
+
+    def read(copy):
+        assert dict(leaves(lamoe.read(copy))) == whole, "other values than were saved"
+        lamoe.load(copy)
+
+    for n, damaged in enumerate(damages(content, flips, rng), 1):
+        copy.write_bytes(damaged)
+        refused += verdict(read, copy) is not None
+    return n, refused
+
+
+def damage_others(folder: Path, flips: int, rng) -> tuple[int, int]:
+    """The same for what has no checksum: no traceback, no hang, one line."""
+    lamoe.save_hf(*lamoe.load(folder / "good.pt"), folder / "hf")
+    with zipfile.ZipFile(folder / "texts.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in "abc":
+            archive.writestr(f"{name}.txt", make_text(300))
+    (folder / "table.csv").write_text("page,text\n" + "a,some text\n" * 50)
+    (folder / "lines.jsonl").write_text('{"text": "some text"}\n' * 50)
+    tokenizer = bpe.Tokenizer.train([make_text()], 280)
+    tokenizer.save(folder / "tokenizer.bpe")
+    readers = {path: lambda _: lamoe.load(folder / "hf") for path in (folder / "hf").iterdir()}
+    for name in ("texts.zip", "table.csv", "lines.jsonl"):
+        readers[folder / name] = read_all
+    readers[folder / "tokenizer.bpe"] = lambda path: bpe.Tokenizer.load(path).encode("some text")
+    n = refused = 0
+    for path, read in readers.items():
+        content = path.read_bytes()
+        for damaged in damages(content, flips, rng):
+            path.write_bytes(damaged)
+            n, refused = n + 1, refused + (verdict(read, path) is not None)
+        path.write_bytes(content)
+    return n, refused
+
+
+def read_all(path) -> None:
+    corpus = datasets.read(str(path))
+    for side in (corpus.train, corpus.val):
+        list(side)
+
+
+class Runs:
+    """What a pickle could run: it would leave a file."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def forged(path: Path, checkpoint, change) -> Path:
+    """A checkpoint whose pickle was changed by change(bytes) -> bytes."""
+    torch.save(checkpoint, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, change(content) if name.endswith("data.pkl") else content)
+    return path
+
+
+def long(number: int) -> bytes:
+    """As a pickle writes it."""
+    return b"\x8a\x08" + number.to_bytes(8, "little", signed=True)
+
+
+def hostile_checkpoints(folder: Path):
+    """Yields (what it is, path)."""
+    good = lamoe.read(folder / "good.pt")
+    config, model = good["config"], good["model"]
+    name, weight = next(iter(model.items()))
+    marker = str(folder / "marker")
+
+    def save(what: str, checkpoint) -> tuple[str, Path]:
+        path = folder / "hostile.pt"
+        torch.save(checkpoint, path)
+        return what, path
+
+    for what, run in {
+        "os.system": Runs(os.system, f"touch {marker}"),
+        "open": Runs(open, marker, "w"),
+        "eval": Runs(eval, f"open({marker!r}, 'w')"),
+        "exec": Runs(exec, f"open({marker!r}, 'w')"),
+        "os.mkdir": Runs(os.mkdir, marker),
+        "torch.load": Runs(torch.load, marker),
+    }.items():
+        yield save(f"a pickle that calls {what}", {**good, "model": run})
+        yield save(f"one that calls {what} as a key", {**good, "config": {**config, "dim": run}})
+    torch.save(good, folder / "hostile.pt", _use_new_zipfile_serialization=False)
+    yield "an old file without checksums", folder / "hostile.pt"
+    (folder / "hostile.pt").write_bytes(pickle.dumps(Runs(os.system, f"touch {marker}")))
+    yield "a bare pickle", folder / "hostile.pt"
+
+    one = weight.new_zeros(1)
+    yield save("10^12 elements from one", {**good, "model": {**model, name: one.expand(10**12)}})
+    vast = {**config, "vocab_size": 10**6, "dim": 10**6}
+    yield save("the same, and config", {**vast_model(good, vast, one)})
+    meta = torch.empty(10**12, device="meta")
+    yield save("10^12 elements on no device", {**good, "model": {**model, name: meta}})
+    for numel, size, stride in ((10**12, 10**12, 1), (10**6, 10**6, 1), (4, 10**12, 0)):
+
+        def change(pickled, numel=numel, size=size, stride=stride):
+            pickled = pickled.replace(b"K\x04tq", long(numel) + b"tq", 1)
+            shape = b"K\x00" + long(size) + b"\x85q\x0c" + long(stride) + b"\x85"
+            return pickled.replace(b"K\x00K\x04\x85q\x0cK\x01\x85", shape, 1)
+
+        small = {"config": {}, "model": {"a": torch.arange(4.0)}}
+        yield f"{numel} numbers claimed", forged(folder / "hostile.pt", small, change)
+    with zipfile.ZipFile(folder / "hostile.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"0" * 10**9)
+    yield "a zip bomb", folder / "hostile.pt"
+
+    nested = itself = []
+    for _ in range(64):
+        nested = [nested, nested]
+    itself.append(itself)
+    yield save("2^64 lists in 64", {**good, "more": nested})
+    yield save("a list that holds itself", {**good, "more": itself})
+    deep = []
+    for _ in range(300):
+        deep = [deep]
+    yield save("lists 300 deep as a number", {**good, "config": {**config, "dim": deep}})
+
+    for field, values in {
+        "dim": (10**9, 10**30, -16, 0, 16.0, "16", True, None, [16]),
+        "n_layers": (10**9, -1, 0, 2.5, 3),
+        "vocab_size": (10**12, -5, 256),
+        "seq_len": (10**12, 10**8, -1),
+        "n_experts": (10**12, 10**6, -1, 5),
+        "n_heads": (10**9, -2, 3),
+        "head_dim": (10**9, -2),
+        "hidden_dim": (10**12, -1),
+        "rope_theta": (float("nan"), float("inf"), -1.0, "big"),
+        "norm_eps": (float("nan"), -1.0),
+        "router": ("magic", 3, None, ["topk"]),
+        "top_k": (10**9, -1, 0),
+        "n_groups": (10**9, 0),
+        "wings": (2,),
+    }.items():
+        for value in values:
+            changed = {**good, "config": {**config, field: value}}
+            yield save(f"config {field}={value!r:.20}", changed)
+    for what, value in {
+        "nan": torch.full_like(weight, float("nan")),
+        "one nan": torch.cat([weight.flatten()[1:], one * float("nan")]).view_as(weight),
+        "infinities": torch.full_like(weight, float("-inf")),
+        "another shape": weight.T.contiguous(),
+        "no tensor": 3.0,
+        "text": "weights",
+        "sparse": weight.to_sparse(),
+        "an empty tensor": weight.new_zeros(0),
+    }.items():
+        yield save(f"weights: {what}", {**good, "model": {**model, name: value}})
+    yield save("no weights", {**good, "model": {}})
+    yield save("weights in a list", {**good, "model": list(model.values())})
+    yield save("a config in a list", {**good, "config": [1, 2]})
+    yield save("more weights", {**good, "model": {**model, "more": weight}})
+    for what, tokenizer in {
+        "other merges": {**good["tokenizer"], "merges": [[97, 98]]},
+        "merges of nothing": {**good["tokenizer"], "merges": [[900, 901]]},
+        "merges of text": {**good["tokenizer"], "merges": ["ab"]},
+        "no merges": {"pattern": "x"},
+        "a list": [1, 2],
+        "a number": 7,
+        "a tensor": weight,
+        "another pattern": {**good["tokenizer"], "pattern": "."},
+        "a foreign one that is none": {"tokenizer.json": "{}", "vocab_size": 257, "eot": 256},
+        "a foreign one without sizes": {"tokenizer.json": "{}"},
+    }.items():
+        yield save(f"tokenizer: {what}", {**good, "tokenizer": tokenizer})
+
+
+def vast_model(good: dict, config: dict, one) -> dict:
+    """Weights of a config too large for any memory, each of one stored number."""
+    with torch.device("meta"):
+        shapes = {name: w.shape for name, w in lamoe.LaMoE(lamoe.Config(**config)).state_dict().items()}
+    return {**good, "config": config, "model": {name: one.expand(s) for name, s in shapes.items()}}
+
+
+def attack(folder: Path) -> int:
+    """How many hostile checkpoints were refused: all, without running or allocating anything."""
+    n = 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for n, (what, path) in enumerate(hostile_checkpoints(folder), 1):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        said = verdict(lamoe.load, path)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        assert said, f"{what} was taken"
+        assert not (folder / "marker").exists(), f"{what} ran"
+        assert grown < 100, f"{what} took {grown:.0f} MB"
+    return n
+
+
+def make_good(folder: Path) -> Path:
+    """A checkpoint of a tiny model that sampling reads, and one that a run goes on from."""
+    workplace(folder)
+    code = finish(start(folder, resume=False))
+    assert code == 0, complain(folder, f"exit code {code}")
+    shutil.copy(folder / "run" / "best.pt", folder / "good.pt")
+    return folder
+
+
+def confined(action, gigabytes: float = 1.0):
+    """action() in a child that may reserve so much more memory; what it returned."""
+    reader, writer = os.pipe()
+    if not (pid := os.fork()):
+        try:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            most = used + int(gigabytes * 2**30)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            os.write(writer, json.dumps(action()).encode())
+            os._exit(0)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(70)
+    code = finish(pid)
+    os.close(writer)
+    with open(reader) as file:
+        assert code == 0, f"the child ended with {code}"
+        return json.loads(file.read())
+
+
+def files(root: Path, n: int) -> None:
+    folder, rng = make_good(root / "good"), random.Random(0)
+    datasets.CACHE = root / "cache"
+    print(f"files: {confined(lambda: attack(folder))} hostile checkpoints refused")
+    tried, refused = confined(lambda: damage_checkpoint(folder / "run" / "last.pt", n, rng))
+    print(f"files: {tried} cuts and flips of a checkpoint: {refused} refused, the rest as saved")
+    tried, refused = confined(lambda: damage_others(folder, n // 10, rng))
+    print(f"files: {tried} of config.json, safetensors, tokenizers, zips, tables: {refused} refused")
+
+
+CAMPAIGNS = {"kills": (kills, 300), "power": (power, 0), "files": (files, 10_000)}
 
 
 def main() -> None:
