@@ -130,7 +130,8 @@ class Config:
         if self.n_active > choosable:
             raise ValueError(
                 f"top_k={self.top_k} is more than the {choosable} experts to choose from "
-                f"(n_experts={self.n_experts}); try top_k={choosable}"
+                f"(n_experts={self.n_experts}, n_groups={self.n_groups}, top_groups="
+                f"{self.top_groups}); try top_k={choosable}"
             )
 
     @property

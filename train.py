@@ -787,10 +787,13 @@ def keep_freed_memory() -> None:
 
 def check_memory(config: lamoe.Config) -> None:
     """Refuses a model that this machine can't hold, before it starts to swap."""
+    one = dataclasses.replace(config, n_layers=1, n_dense_layers=0)
     with torch.device("meta"):  # shapes without memory
         try:
-            n = sum(weight.numel() for weight in lamoe.LaMoE(config).parameters())
-        except RuntimeError:  # more elements than torch can count
+            model = lamoe.LaMoE(one)
+            n, layer = (sum(w.numel() for w in m.parameters()) for m in (model, model.blocks))
+            n += layer * (config.n_layers - 1)
+        except (RuntimeError, OverflowError):  # more elements than torch can count
             n = math.inf
     here = math.inf
     if os.name == "posix":

@@ -14,6 +14,9 @@ import argparse
 import builtins
 import contextlib
 import csv
+import dataclasses
+import errno
+import io
 import json
 import os
 import pickle
@@ -21,20 +24,24 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401 - once, not in each child
+from bench_bpe import fuzz_text  # noqa: E402
 from tiny_run import TINY, call, make_text  # noqa: E402
 
 import bpe  # noqa: E402
 import lamoe  # noqa: E402
+import sample  # noqa: E402
 import train  # noqa: E402
 from data import datasets  # noqa: E402
 
@@ -125,7 +132,9 @@ def complain(folder: Path, what: str) -> str:
 
 def check_end(folder: Path, straight: dict, what: str) -> None:
     end = end_of(folder)
-    differing = [path for path in straight.keys() | end.keys() if straight.get(path) != end.get(path)]
+    differing = [
+        path for path in straight.keys() | end.keys() if straight.get(path) != end.get(path)
+    ]
     assert not differing, complain(folder, f"{what}: {sorted(differing)[:5]} differ")
 
 
@@ -280,9 +289,9 @@ def fail_at(root: Path, n: int, number: int, straight: dict, flags=FLAGS) -> boo
     said = (folder / "output.txt").read_text()
     assert code in (0, 2) and "Traceback" not in said, complain(folder, f"event {n}: {code}")
     if code == 2:
-        assert said.count("error: ") == 1 and said.rstrip().count("\n", said.index("error: ")) == 0
-        code = finish(start(folder, flags))
-        assert code == 0, complain(folder, f"after an error at event {n}: exit code {code}")
+        check_one_line(said)
+        again = finish(start(folder, flags))
+        assert again == 0, complain(folder, f"after an error at event {n}: exit code {again}")
     check_end(folder, straight, f"after an error at event {n}")
     return code == 2
 
@@ -291,7 +300,10 @@ def kills(root: Path, n: int) -> None:
     rng, done, runs = random.Random(0), 0, 0
     kinds = ["", "--router deepseek --top_k 1", "--tokenizer bpe --vocab_size 300", "--dtype bf16"]
     while done < n:
-        flags = ["--steps 40 --log_every 2 --eval_every 10 --save_every 4", kinds[runs % len(kinds)]]
+        flags = [
+            "--steps 40 --log_every 2 --eval_every 10 --save_every 4",
+            kinds[runs % len(kinds)],
+        ]
         straight = straight_run(root / f"straight-{runs}", flags)
         done += random_kills(root / f"killed-{runs}", straight, flags, rng, 0.5)
         runs += 1
@@ -407,7 +419,11 @@ def check_cut(folder: Path, straight: dict, saved: int, flags=FLAGS) -> int:
 
 def power(root: Path, n: int) -> None:
     flags = [*FLAGS, "--tokenizer bpe --vocab_size 300"]
-    straight, cuts, saved = straight_run(root / "straight", flags), power_cuts(root / "cut", flags), 0
+    straight, cuts, saved = (
+        straight_run(root / "straight", flags),
+        power_cuts(root / "cut", flags),
+        0,
+    )
     for cut in cuts:
         step = check_cut(cut, straight, saved if cut.name.endswith("least") else 0, flags)
         saved = step if cut.name.endswith("least") else saved
@@ -633,7 +649,9 @@ def hostile_checkpoints(folder: Path):
 def vast_model(good: dict, config: dict, one) -> dict:
     """Weights of a config too large for any memory, each of one stored number."""
     with torch.device("meta"):
-        shapes = {name: w.shape for name, w in lamoe.LaMoE(lamoe.Config(**config)).state_dict().items()}
+        shapes = {
+            name: w.shape for name, w in lamoe.LaMoE(lamoe.Config(**config)).state_dict().items()
+        }
     return {**good, "config": config, "model": {name: one.expand(s) for name, s in shapes.items()}}
 
 
@@ -680,6 +698,56 @@ def confined(action, gigabytes: float = 1.0):
         return json.loads(file.read())
 
 
+@contextlib.contextmanager
+def small_disk(folder: Path, kilobytes: int):
+    """A disk of that size at a folder: for root only."""
+    folder.mkdir(parents=True)
+    how = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+    subprocess.run(how, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def full_disk(root: Path, kilobytes: int, straight: dict, flags=FLAGS) -> bool:
+    """A run on a small disk ends, or stops with one line and goes on once there is room."""
+    with small_disk(root, kilobytes):
+        folder = workplace(root / "in")
+        code = finish(start(folder, flags))
+        said = (folder / "output.txt").read_text()
+        assert code in (0, 2) and "Traceback" not in said, complain(folder, f"{kilobytes} KB")
+        if code == 2:
+            check_one_line(said)
+            for name in ("last.pt", "best.pt"):
+                if (folder / "run" / name).exists():
+                    lamoe.read(folder / "run" / name)
+            subprocess.run(["mount", "-o", "remount,size=50m", str(root)], check=True)
+            again = finish(start(folder, flags))
+            assert again == 0, complain(folder, f"{kilobytes} KB, then 50 MB: exit code {again}")
+        check_end(folder, straight, f"{kilobytes} KB")
+    return code == 2
+
+
+def check_one_line(said: str) -> None:
+    error = said[said.index("error: ") :].rstrip()
+    assert "\n" not in error and "; " in error, f"not one line with a remedy: {error}"
+
+
+def disks(root: Path) -> None:
+    straight, stopped = straight_run(root / "straight"), 0
+    happened = events(root / "events")
+    for at in range(1, len(happened) + 1):
+        for number in (errno.ENOSPC, errno.EIO):
+            stopped += fail_at(root / f"{at}-{number}", at, number, straight)
+            shutil.rmtree(root / f"{at}-{number}")
+    print(f"files: {2 * len(happened)} full and failing disks; {stopped} stopped a run, none lost")
+    if os.geteuid() == 0:
+        sizes = range(16, 420, 4)
+        stopped = sum(full_disk(root / f"{size}", size, straight) for size in sizes)
+        print(f"files: {len(sizes)} real disks of 16 to 416 KB; {stopped} were full, none lost")
+
+
 def files(root: Path, n: int) -> None:
     folder, rng = make_good(root / "good"), random.Random(0)
     datasets.CACHE = root / "cache"
@@ -687,10 +755,174 @@ def files(root: Path, n: int) -> None:
     tried, refused = confined(lambda: damage_checkpoint(folder / "run" / "last.pt", n, rng))
     print(f"files: {tried} cuts and flips of a checkpoint: {refused} refused, the rest as saved")
     tried, refused = confined(lambda: damage_others(folder, n // 10, rng))
-    print(f"files: {tried} of config.json, safetensors, tokenizers, zips, tables: {refused} refused")
+    print(
+        f"files: {tried} of config.json, safetensors, tokenizers, zips, tables: {refused} refused"
+    )
+    disks(root / "disks")
 
 
-CAMPAIGNS = {"kills": (kills, 300), "power": (power, 0), "files": (files, 10_000)}
+# ----------------------------------------------------------------------------------------------
+# 5. Fuzzing
+# ----------------------------------------------------------------------------------------------
+
+
+def fuzz_strings(n: int, rng) -> int:
+    """Each string comes back from its ids, from a tokenizer of each size; characters tried."""
+    texts = [fuzz_text(rng) for _ in range(2000)]
+    tokenizers, size = [bpe.Tokenizer.train(texts, v) for v in (257, 400, 2000)], 0
+    for i in range(n):
+        text, tokenizer = fuzz_text(rng), tokenizers[i % 3]
+        assert tokenizer.decode(tokenizer.encode(text)) == text, repr(text)
+        size += len(text)
+    return size
+
+
+VALUES = (
+    "0 1 -1 2 3 7 16 1000000000000 1e400 nan inf -inf 0.5 1e-9 '' x ../x / . ~ NUL %s {} é 😀 -- -"
+)
+VALUES = [*VALUES.split(), "", " ", "a\nb", "\0", "x" * 5000, "nowhere.txt", "text.txt", "run"]
+BESIDES = {  # flags that argparse has beside the fields
+    "train.py": "--resume --plot --help --no-qk_norm --qk_norm",
+    "sample.py": "Hello --model --dtype --max_new_tokens --temperature --top_k --top_p --min_p "
+    "--repetition_penalty --stop --seed -n --device --show_experts --text --layer --html --help",
+    "bpe.py": "text.txt --vocab_size --out --help",
+    "lamoe.py": "export good.pt hf2 run",
+    "datasets.py": "stories nothing --limit --help",
+}
+
+
+def command_line(rng) -> tuple[str, list[str]]:
+    """A program and arguments, most of them nonsense."""
+    program = rng.choice(
+        ["train.py"] * 4 + ["sample.py"] * 3 + ["bpe.py", "lamoe.py", "datasets.py"]
+    )
+    words, known = [], BESIDES[program].split()
+    if program == "train.py":
+        known += [f"--{field.name}" for cls in train.CLASSES for field in dataclasses.fields(cls)]
+        words = ["--data", "text.txt", *TINY, "--steps", "1"] * (rng.random() < 0.8)
+    if program == "sample.py" and rng.random() < 0.8:
+        words = ["Hello", "--model", "good.pt", "--max_new_tokens", "3"]
+    for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 6))):
+        words.append(rng.choice(known) if rng.random() < 0.9 else rng.choice(VALUES))
+        if rng.random() < 0.7:
+            words.append(rng.choice(VALUES))
+    return program, words
+
+
+def fuzz_commands(folder: Path, n: int, rng, seconds: int = 30) -> dict[int, int]:
+    """Exit codes of n command lines, run in a good folder: 0, 2 or 130 and never a traceback.
+
+    Whatever training begins is stopped after its first step.
+    """
+
+    def too_long(number, frame):
+        raise AssertionError(f"still at it after {seconds} seconds")
+
+    def stopped_loop(run, stop, loop=train.loop):
+        stop.append(signal.SIGINT)
+        loop(run, stop)
+
+    train.loop = stopped_loop
+    signal.signal(signal.SIGALRM, too_long)
+    programs = {"train.py": train, "sample.py": sample, "bpe.py": bpe, "lamoe.py": lamoe}
+    programs["datasets.py"], codes = datasets, Counter()
+    os.chdir(folder)
+    sys.modules["mlflow"] = sys.modules["matplotlib"] = None  # both slow, and both optional
+    for _ in range(n):
+        program, words = command_line(rng)
+        out, error = io.StringIO(), io.StringIO()
+        sys.stdin = io.StringIO("a prompt\n\nexit\n")
+        signal.alarm(seconds)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+                code = call(programs[program], *words)
+            signal.alarm(0)
+        except BaseException as problem:
+            raise AssertionError(f"{program} {words}: {problem!r:.300}") from problem
+        said = error.getvalue()
+        assert code in (0, 2, 130), f"{program} {words}: {code}"
+        if code == 2:
+            assert said.count("\n") == 1 and ": " in said, f"{program} {words}: {said!r}"
+        codes[code] += 1
+        for run in Path("runs").glob("*"):
+            shutil.rmtree(run)
+    return dict(codes)
+
+
+def some_config(rng) -> dict:
+    """Values for some fields of Config, right and wrong ones."""
+    numbers = [-1, 0, 1, 1, 2, 2, 3, 4, 5, 8, 12, 16, 64, 1.0, 0.5, True, None, "8", float("nan")]
+    others = [1e-5, 0.01, 10_000.0, 1e30, -0.5, *lamoe.ROUTERS, "magic", 10**25]
+    small = {"vocab_size": 23, "dim": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1}
+    small |= {"hidden_dim": 12, "seq_len": 8, "router": rng.choice([*lamoe.ROUTERS])}
+    fields = [field.name for field in dataclasses.fields(lamoe.Config)]
+    for field in rng.sample(fields, rng.choice((1, 1, 2, 3, 5))):
+        small[field] = rng.choice(numbers if rng.random() < 0.8 else others)
+    return small
+
+
+def fuzz_configs(n: int, rng) -> int:
+    """Each makes a model that trains and writes, or a ValueError that names a field."""
+    working = 0
+    for _ in range(n):
+        values = some_config(rng)
+        try:
+            config = lamoe.Config(**values)
+        except ValueError as error:
+            named = [name for name in values if name in str(error)]
+            assert named and "\n" not in str(error), f"{values}: {error}"
+            continue
+        model = lamoe.LaMoE(config).train()
+        length = min(config.seq_len, 4)
+        ids = torch.randint(config.vocab_size, (2, length))
+        out = model(ids, ids)
+        (out.loss + out.aux).backward()
+        assert out.loss.isfinite(), values
+        if config.eval_capacity_factor is None and config.seq_len > 1:
+            new = list(model.eval().generate(ids[:, :1], config.seq_len - 1))
+            assert len(new) == config.seq_len - 1, values
+        working += 1
+    return working
+
+
+def fuzz_routers(n: int, rng) -> int:
+    """Logits as extreme as fp32 has: chosen experts exist and differ, weights are finite."""
+    scales = (0.0, 1e-30, 1.0, 50.0, 1e4, 1e10, 1e18)
+    for i in range(n):
+        name, k = rng.choice(sorted(lamoe.ROUTERS)), rng.choice((1, 2, 3))
+        c = lamoe.Config(vocab_size=9, dim=8, n_heads=2, n_experts=4, top_k=k, router=name)
+        router = lamoe.ROUTERS[name](c).train(rng.random() < 0.5)
+        with torch.no_grad():
+            for weight in router.parameters():
+                weight.normal_(std=rng.choice(scales))
+        x_1TD = torch.randn(1, rng.choice((1, 2, 17)), 8) * rng.choice(scales)
+        if rng.random() < 0.2:
+            x_1TD[:, 0] = x_1TD[:, -1]
+        routing, what = router(x_1TD), f"{name}, top {k}, {i}"
+        chosen, weights = routing.experts_NA.tolist(), routing.weights_NA
+        assert all(len({*row}) == len(row) and {*row} <= {0, 1, 2, 3} for row in chosen), what
+        assert weights.isfinite().all() and 0 <= weights.min() and weights.max() <= 1, what
+        assert routing.load_E.sum().sub(1).abs() < 1e-5, what
+        assert not torch.as_tensor(routing.loss).isnan(), what
+    return n
+
+
+def fuzz(root: Path, n: int) -> None:
+    rng = random.Random(0)
+    print(f"fuzz: {fuzz_routers(n // 100, rng)} router inputs of up to 10^36")
+    working = fuzz_configs(n // 100, rng)
+    print(f"fuzz: {n // 100} configs: {working} models that work, the rest name their mistake")
+    folder, datasets.CACHE = make_good(root / "good"), root / "cache"
+    print(f"fuzz: {n // 1000} command lines, by exit code: {fuzz_commands(folder, n // 1000, rng)}")
+    print(f"fuzz: {n} strings of {fuzz_strings(n, rng)} characters came back from their ids")
+
+
+CAMPAIGNS = {
+    "kills": (kills, 300),
+    "power": (power, 0),
+    "files": (files, 10_000),
+    "fuzz": (fuzz, 10**6),
+}
 
 
 def main() -> None:
