@@ -737,7 +737,9 @@ class DeepSeek(Router):
         if not self.training:
             return Routing(experts_NA, weights_NA, load_E)
         # Eq. 18 counts the choice by score alone, without the bias: the loss evens out the scores.
-        probs_BTE = (scores_NE / scores_NE.sum(-1, keepdim=True)).view(*x_BTD.shape[:2], -1)
+        probs_BTE = (scores_NE / (scores_NE.sum(-1, keepdim=True) + 1e-20)).view(
+            *x_BTD.shape[:2], -1
+        )
         hot_NE = torch.zeros_like(scores_NE).scatter(1, self.choose(scores_NE.detach()), 1.0)
         share_BE = hot_NE.view_as(probs_BTE).mean(1) / c.top_k
         loss = c.n_experts * (share_BE * probs_BTE.mean(1)).sum(-1).mean()
