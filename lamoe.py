@@ -646,7 +646,7 @@ class Noisy(Router):
         importance_E = torch.zeros_like(clean_NE).scatter(1, experts_NA, weights_NA).sum(0)
         loss = cv_squared(importance_E)
         if c.top_k < c.n_experts:  # else every expert is always chosen, and their load is equal
-            chosen_NE = (clean_NE - self.to_beat(noisy_NE, c.top_k)) / std_NE
+            chosen_NE = (clean_NE - self.to_beat(noisy_NE, c.top_k)) / std_NE.clamp(min=1e-20)
             loss = loss + cv_squared(torch.special.ndtr(chosen_NE).sum(0))
         return Routing(experts_NA, weights_NA, load_E, c.balance_weight * loss)
 

@@ -408,8 +408,8 @@ def rows_until(step: int, path: Path) -> list[dict]:
     rows = []
     try:
         for row in csv_rows(path):
-            if int(row["step"]) > step:
-                break
+            if None in row.values() or int(row["step"]) > step:
+                break  # None: a row that is too short
             rows.append(row)
     except (KeyError, TypeError, ValueError, csv.Error):
         copy = first_free(f"{path}.old")

@@ -60,7 +60,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_nobody_had(tmp_path, straight
 def test_a_run_killed_at_any_write_flush_or_rename_goes_on(tmp_path, straight):
     n = len(torture.events(tmp_path / "events"))
     assert n > 100
-    for at in range(1, n + 1, 11):
+    for at in range(1, n + 1, 26):
         torture.kill_at(tmp_path / f"{at}", at, straight)
 
 
@@ -68,33 +68,36 @@ def test_after_a_power_cut_what_was_saved_is_there_and_whole(tmp_path, straight)
     cuts, saved = torture.power_cuts(tmp_path / "run"), 0
     least = [cut for cut in cuts if cut.name.endswith("least")]
     assert len(cuts) > 100
-    for cut in least[::3]:
+    for cut in least[::6]:
         saved = torture.check_cut(cut, straight, saved)
-    for cut in [cut for cut in cuts if cut not in least][::12]:
+    for cut in [cut for cut in cuts if cut not in least][::25]:
         torture.check_cut(cut, straight, 0)
 
 
-@pytest.mark.parametrize("function", ["fsync", "flush_folder"])
-def test_a_checkpoint_that_is_not_flushed_would_be_noticed(function, tmp_path, monkeypatch):
+@pytest.mark.parametrize("careless", [False, True])
+def test_a_checkpoint_that_is_not_flushed_before_its_rename_would_be_noticed(careless, tmp_path):
     """The test of the test above."""
-    skipped = mock.Mock(spec=os, wraps=os, fsync=lambda fd: None, name="os")
-    skipped.name, skipped.fspath = os.name, os.fspath
-    fault = {"fsync": ("os", skipped), "flush_folder": ("flush_folder", lambda folder: None)}
-    monkeypatch.setattr(lamoe, *fault[function])
-    straight = torture.straight_run(tmp_path / "straight")
-    with pytest.raises((AssertionError, ValueError)):
-        saved = 0
-        for cut in torture.power_cuts(tmp_path / "run"):
-            if (cut / "run" / "last.pt").exists() or cut.name.endswith("least"):
-                saved = max(saved, torture.check_cut(cut, straight, saved))
-        assert saved > 0, "nothing was ever safe"
+    folder, crashes = tmp_path / "in", tmp_path / "crashes"
+    folder.mkdir()
+    path, new = folder / "last.pt", {"config": {}, "model": {"a": torch.arange(9.0)}}
+    lamoe.save(path, new)
+    with torture.Disk(torture.Platter(folder, crashes)):
+        if careless:
+            with open(folder / "temporary", "wb") as file:
+                file.write(path.read_bytes())
+            os.replace(folder / "temporary", path)
+        else:
+            lamoe.save(path, new)
+        os.mkdir(folder / "more")  # one more event: what would be left after all that?
+    left = [torture.verdict(lamoe.read, crash / "last.pt") for crash in crashes.iterdir()]
+    assert len(left) > 2 and any(left) == careless
 
 
 def test_a_full_or_failing_disk_costs_one_line_and_no_checkpoint(tmp_path, straight):
     n = len(torture.events(tmp_path / "events"))
-    tried = range(5, n + 1, 12)
+    tried = range(5, n + 1, 26)
     number = torture.errno.ENOSPC
-    assert sum(torture.fail_at(tmp_path / f"{at}", at, number, straight) for at in tried) > 5
+    assert sum(torture.fail_at(tmp_path / f"{at}", at, number, straight) for at in tried) > 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -124,9 +127,9 @@ def test_other_damaged_files_are_refused_in_one_line_or_read(good, cache):
 
 def test_random_command_lines_end_without_a_traceback(good):
     def act():
-        return torture.fuzz_commands(good, 40, random.Random(1))
+        return torture.fuzz_commands(good, 25, random.Random(1))
 
-    assert sum(torture.confined(act, gigabytes=4).values()) == 40
+    assert sum(torture.confined(act, gigabytes=4).values()) == 25
 
 
 def test_random_configs_make_a_working_model_or_name_a_field():
