@@ -576,6 +576,12 @@ def write_text(path, text):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+    if os.name == "posix":  # the folder's entry, too: a power cut could undo the rename
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 # --- 6. Command line ------------------------------------------------------------------------------

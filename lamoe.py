@@ -37,8 +37,10 @@ import math
 import os
 import shutil
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -85,9 +87,16 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), int(field.name not in MAY_BE_ZERO)
+            real = field.type in (float, float | None)
+            fits = isinstance(value, field.type) or (type(value) is int and real)
+            if not fits or (type(value) is bool and field.type is not bool):
+                kind = getattr(field.type, "__name__", field.type)
+                raise ValueError(f"{field.name}={value!r:.80} must be of the type {kind}")
+            if type(value) is int and abs(value) >= 2**63:
+                raise ValueError(f"{field.name} must be less than 2^63")
             if field.type is int and value < least:
                 raise ValueError(f"{field.name}={value} must be at least {least}")
-            if field.type in (float, float | None) and value is not None and not 0 <= value < 1e30:
+            if real and value is not None and not 0 <= value < 1e30:
                 raise ValueError(f"{field.name}={value} must be a number from 0 on")
         if self.rope_theta <= 0:
             raise ValueError(f"rope_theta={self.rope_theta} must be above 0; try 10000")
@@ -124,7 +133,8 @@ class Config:
         if self.n_active > choosable:
             raise ValueError(
                 f"top_k={self.top_k} is more than the {choosable} experts to choose from "
-                f"(n_experts={self.n_experts}); try top_k={choosable}"
+                f"(n_experts={self.n_experts}, n_groups={self.n_groups}, top_groups="
+                f"{self.top_groups}); try top_k={choosable}"
             )
 
     @property
@@ -644,7 +654,7 @@ class Noisy(Router):
         importance_E = torch.zeros_like(clean_NE).scatter(1, experts_NA, weights_NA).sum(0)
         loss = cv_squared(importance_E)
         if c.top_k < c.n_experts:  # else every expert is always chosen, and their load is equal
-            chosen_NE = (clean_NE - self.to_beat(noisy_NE, c.top_k)) / std_NE
+            chosen_NE = (clean_NE - self.to_beat(noisy_NE, c.top_k)) / std_NE.clamp(min=1e-20)
             loss = loss + cv_squared(torch.special.ndtr(chosen_NE).sum(0))
         return Routing(experts_NA, weights_NA, load_E, c.balance_weight * loss)
 
@@ -735,7 +745,9 @@ class DeepSeek(Router):
         if not self.training:
             return Routing(experts_NA, weights_NA, load_E)
         # Eq. 18 counts the choice by score alone, without the bias: the loss evens out the scores.
-        probs_BTE = (scores_NE / scores_NE.sum(-1, keepdim=True)).view(*x_BTD.shape[:2], -1)
+        probs_BTE = (scores_NE / (scores_NE.sum(-1, keepdim=True) + 1e-20)).view(
+            *x_BTD.shape[:2], -1
+        )
         hot_NE = torch.zeros_like(scores_NE).scatter(1, self.choose(scores_NE.detach()), 1.0)
         share_BE = hot_NE.view_as(probs_BTE).mean(1) / c.top_k
         loss = c.n_experts * (share_BE * probs_BTE.mean(1)).sum(-1).mean()
@@ -1126,25 +1138,60 @@ def save(path: str | os.PathLike, checkpoint: dict) -> None:
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
+            whole = Whole(file)
+            torch.save(checkpoint, whole)
+            whole.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+    flush_folder(os.path.dirname(os.path.abspath(path)))
+
+
+class Whole:
+    """A file whose first error is raised as it is: torch.save would hide it behind its own.
+
+    After it nothing more is written, as if that had gone well; `flush` raises it.
+    """
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data) -> int:
+        try:
+            if not self.error:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        if self.error:
+            raise self.error
+        self.file.flush()
+
+
+def flush_folder(folder: str | os.PathLike) -> None:
+    """Flushes a folder's entries to the disk: until then a power cut may undo a rename in it."""
     if os.name == "posix":
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        entries = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(entries)
+        finally:
+            os.close(entries)
 
 
 def read(path: str | os.PathLike) -> dict:
     """The dict that `save` wrote. weights_only: a checkpoint is data and can't run code."""
     try:
+        check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_parts(checkpoint, os.path.getsize(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; make one with: python train.py") from None
+    except OSError as error:  # it may be whole: nobody can tell
+        raise OSError(f"{path} can't be read: {error.strerror or error}") from None
     except Exception as error:  # zip, pickle and unpickling errors have no common class
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
@@ -1153,6 +1200,43 @@ def read(path: str | os.PathLike) -> dict:
     if not isinstance(checkpoint, dict) or not {"config", "model"} <= checkpoint.keys():
         raise ValueError(f"{path} is not a LaMoE checkpoint; make one with: python train.py")
     return checkpoint
+
+
+def check_archive(path: str | os.PathLike) -> None:
+    """ValueError unless each record of a torch file is as it was written.
+
+    The file is a zip with a CRC-32 of every record, which torch.load itself does not look at: one
+    flipped bit would be a wrong weight. Compressed records, as torch never writes them, could
+    unpack to any size.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError("it is compressed")
+        if sum(record.file_size for record in records) > os.path.getsize(path):
+            raise ValueError("its records are larger than the file")
+        if damaged := archive.testzip():
+            raise ValueError(f"damaged: {damaged} differs from its checksum")
+
+
+def check_parts(checkpoint, size: int) -> None:
+    """ValueError unless a checkpoint is of tensors and plain types that a file of `size` can hold.
+
+    A tensor may claim 10^12 elements by repeating one, and a list hold itself: what copies the one
+    or walks through the other must not meet them. (Tied weights are stored once and held twice.)
+    """
+    waiting, n, claimed = [checkpoint], 1, 0
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Tensor):
+            claimed += part.nbytes
+        elif isinstance(part, (dict, list, tuple)):
+            n += len(part)
+            waiting += part.values() if isinstance(part, dict) else part
+        elif not isinstance(part, (str, bytes, int, float, NoneType)):
+            raise ValueError(f"it holds a {type(part).__name__}")
+        if claimed > 2 * size or n > size:
+            raise ValueError("it claims to hold more than the file is large")
 
 
 def pick_device(name: str) -> str:
@@ -1169,22 +1253,46 @@ def build(checkpoint: dict, path: str | os.PathLike):
     import bpe
 
     try:
-        model = LaMoE(Config(**checkpoint["config"]))
+        config = Config(**checkpoint["config"])
+        check_shapes(config, checkpoint["model"])
+        model = LaMoE(config)
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit this version of LaMoE: {reason}") from None
     state = checkpoint.get("tokenizer")
     try:
-        tokenizer = bpe.Tokenizer.from_state(state) if state else None
-    except ValueError as error:
-        raise ValueError(f"{path}: its tokenizer is unusable: {error}; train again") from None
+        tokenizer = None if state is None else bpe.Tokenizer.from_state(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: its tokenizer is unusable: {reason}; train again") from None
     if tokenizer and tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, "
             f"its model {model.config.vocab_size}; they are not from one training run"
         )
+    check_finite(model, path)
     return model, tokenizer
+
+
+def check_shapes(c: Config, weights: dict) -> None:
+    """Refuses weights that are not the config's, before memory is reserved for what it promises."""
+    if c.n_layers > len(weights):
+        raise ValueError(f"n_layers={c.n_layers} layers are not in its {len(weights)} tensors")
+    with torch.device("meta"):  # shapes without memory
+        LaMoE(c).load_state_dict(weights, assign=True)
+    if c.seq_len * c.head_size > 1 << 26:  # the one size that no weight vouches for: RoPE's tables
+        raise ValueError(f"seq_len={c.seq_len} is more than a checkpoint may ask for")
+
+
+def check_finite(model: LaMoE, path: str | os.PathLike) -> None:
+    """Refuses weights with infinities or NaNs. A sum has them too, and takes no memory."""
+    for name, weight in model.state_dict().items():
+        if not weight.sum().isfinite():
+            raise ValueError(
+                f"{path}: {name} holds numbers that are not finite, so it can only write nonsense; "
+                f"use an earlier checkpoint, or train again with a lower --lr"
+            )
 
 
 def load(path: str | os.PathLike, device: str = "cpu", dtype: torch.dtype | None = None):
@@ -1194,7 +1302,9 @@ def load(path: str | os.PathLike, device: str = "cpu", dtype: torch.dtype | None
     stays so, for it computes in fp32 anyway.
     """
     if os.path.isdir(path):
-        return load_hf(path, device, dtype)
+        model, tokenizer = load_hf(path, device, dtype)
+        check_finite(model, path)
+        return model, tokenizer
     model, tokenizer = build(read(path), path)
     for name, weight in model.named_parameters():
         if dtype is not None and "router" not in name:
@@ -1518,9 +1628,11 @@ def save_hf(model: LaMoE, tokenizer, folder: str | os.PathLike, shard_bytes: int
         for path in temporary.iterdir():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
+        flush_folder(temporary)
         if folder.exists():
             folder.rmdir()
         os.rename(temporary, folder)
+        flush_folder(folder.absolute().parent)
     except safetensors.SafetensorError as error:  # its words for a full disk
         raise OSError(f"{folder}: {error}") from error
     finally:

@@ -24,6 +24,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import inspect
 import io
@@ -32,6 +33,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -52,7 +54,7 @@ import bpe
 import lamoe
 from bpe import Tokenizer
 from data import datasets
-from data.tokens import encode
+from data.tokens import encode, replacing
 
 # --- 1. What can be chosen: fields are flags ------------------------------------------------------
 
@@ -372,32 +374,66 @@ COLUMNS += ["load_max_over_mean", "dead_experts", "dropped", "tokens_per_s", "se
 
 
 class Log:
-    """A csv of the run, flushed row by row; on resume, rows after `step` and a torn one go."""
+    """A csv of the run; on resume, rows after `step` and a torn one go.
+
+    Opened anew for each row: an editor that saves the file puts another one in its place.
+    """
 
     def __init__(self, path: Path, step: int, columns: list[str]):
-        rows = [row for row in read_csv(path) if int(row["step"]) <= step] if step else []
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "w", newline="") as file:
+        self.path, self.columns = path, columns
+        rows = rows_until(step, path) if step else []
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-        self.file = open(path, "a", newline="")  # noqa: SIM115 - open as long as the run
-        self.writer = csv.DictWriter(self.file, columns)
+        lamoe.flush_folder(path.parent)
 
     def write(self, *rows: dict) -> None:
-        for row in rows:
-            values = {k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()}
-            self.writer.writerow(values)
-        self.file.flush()
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if not file.tell():  # somebody took it away
+                writer.writeheader()
+            for row in rows:
+                writer.writerow({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
+
+    def flush(self) -> None:
+        """To the disk: a checkpoint is never ahead of its log, or a resume would leave a gap."""
+        with open(self.path, "a") as file:
+            os.fsync(file.fileno())
+
+
+def rows_until(step: int, path: Path) -> list[dict]:
+    """The rows of a log up to a step; where one can't be read, those before it, and a copy.
+
+    After a power cut, anything may stand behind the rows that were flushed.
+    """
+    rows = []
+    try:
+        for row in csv_rows(path):
+            if None in row.values() or int(row["step"]) > step:
+                break  # None: a row that is too short
+            rows.append(row)
+    except (KeyError, TypeError, ValueError, csv.Error):
+        copy = first_free(f"{path}.old")
+        shutil.copy(path, copy)
+        say(f"resume     {path} has a row that can't be read; all of it is kept as {copy}")
+    return rows
 
 
 def read_csv(path: Path) -> list[dict]:
-    """The rows of a log; none if it isn't there. A line without its end was torn: left out."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(io.StringIO(file.read().rpartition("\n")[0])))
+    """The rows of a log; none if it isn't there."""
+    return list(csv_rows(path))
+
+
+def csv_rows(path: Path):
+    """Yields the rows of a log. A line without its end was torn: left out."""
+    if path.exists():
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            yield from csv.DictReader(io.StringIO(file.read().rpartition("\n")[0]))
 
 
 def import_pyplot():
@@ -654,7 +690,7 @@ def make_tokenizer(settings: TrainConfig, known: dict, corpus) -> Tokenizer:
     if settings.tokenizer == "bytes":
         return Tokenizer([])
     code = hashlib.sha256(Path(bpe.__file__).read_bytes()).hexdigest()[:8]  # an edit: learn anew
-    path = datasets.CACHE / f"{corpus.key}-{known['vocab_size']}-{code}.json"
+    path = datasets.CACHE / f"{corpus.key}-{known['vocab_size']}-{code}.bpe"
     if path.exists():
         return Tokenizer.load(path)
     every = math.ceil(corpus.train.n_bytes / SAMPLE)
@@ -662,8 +698,8 @@ def make_tokenizer(settings: TrainConfig, known: dict, corpus) -> Tokenizer:
         say(f"tokenizer  learns from every {every}th document, of {SAMPLE / 1e6:.0f} MB in all")
     sample = itertools.islice(corpus.train, 0, None, every)
     tokenizer = Tokenizer.train(sample, known["vocab_size"], say_in_place)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(path)
+    with replacing(path) as file:
+        file.write(json.dumps(tokenizer.state()).encode())
     return tokenizer
 
 
@@ -762,10 +798,13 @@ def keep_freed_memory() -> None:
 
 def check_memory(config: lamoe.Config) -> None:
     """Refuses a model that this machine can't hold, before it starts to swap."""
+    one = dataclasses.replace(config, n_layers=1, n_dense_layers=0)
     with torch.device("meta"):  # shapes without memory
         try:
-            n = sum(weight.numel() for weight in lamoe.LaMoE(config).parameters())
-        except RuntimeError:  # more elements than torch can count
+            model = lamoe.LaMoE(one)
+            n, layer = (sum(w.numel() for w in m.parameters()) for m in (model, model.blocks))
+            n += layer * (config.n_layers - 1)
+        except (RuntimeError, OverflowError):  # more elements than torch can count
             n = math.inf
     here = math.inf
     if os.name == "posix":
@@ -779,6 +818,7 @@ def check_memory(config: lamoe.Config) -> None:
 
 PLACES = ("out", "device", "compile", "fsdp")  # where a run happens: free to differ on a resume
 RUN_FILES = ("last.pt", "best.pt", "log.csv", "load.csv")
+DONE = {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}  # of a run: how far it is
 
 
 def first_line(error: Exception) -> str:
@@ -818,43 +858,85 @@ def new_folder(given: dict) -> Path:
     return folder
 
 
+def make_folder(folder: Path) -> None:
+    """With its parents, and each entry flushed: a power cut must not take all that is in it."""
+    folder = folder.absolute()
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        lamoe.flush_folder(folder.parent)
+
+
 def old_folder(given: dict) -> Path:
-    """The folder to resume: --out, or the newest run."""
-    if given.get("out"):
-        folder = Path(given["out"])
-        if not folder.is_dir():
-            raise ValueError(
-                f"{folder}: no such run to resume; start one: python train.py --out {folder}"
-            )
-        return folder
+    """The folder to resume: --out, or the newest run.
+
+    With the flags of a run that was killed before its folder was there, it is that of a new one:
+    a command with --resume always goes on or begins.
+    """
     runs = sorted(Path("runs").glob("*/log.csv"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise ValueError("no run in runs/ to resume; start one: python train.py")
-    return runs[-1].parent
+    if "out" not in given and runs:
+        return runs[-1].parent
+    folder = Path(given.get("out") or "runs")
+    if given.get("out") and folder.is_dir():
+        return folder
+    if knows_what(given) and not folder.is_file():
+        return new_folder(given)
+    if given.get("out"):
+        raise ValueError(
+            f"{folder}: no such run to resume; start one: python train.py --out {folder}"
+        )
+    raise ValueError("no run in runs/ to resume; start one: python train.py")
+
+
+def knows_what(given: dict) -> bool:
+    """Whether flags say what to train, not only where."""
+    return bool(given.keys() - set(PLACES))
+
+
+def begin_again(folder: Path, given: dict) -> None:
+    """Says that a run without a checkpoint starts over, if its flags are known.
+
+    They are in the checkpoint; without one, the default flags might be those of another run.
+    """
+    if not knows_what(given):
+        raise ValueError(
+            f"{folder} has no usable checkpoint, and without one its flags are not known; repeat "
+            f"them, at least --data: python train.py --resume --out {folder} --data stories"
+        )
+    found = any((folder / name).exists() for name in RUN_FILES)
+    kept = "; what is there gets .old" if found else ""
+    say(f"           no usable checkpoint in {folder}: starting over{kept}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Temporary files of a run that was killed while it wrote them; whoever locks it may."""
+    for name in RUN_FILES:
+        for left in folder.glob(f"{name}.*.tmp"):
+            left.unlink()
 
 
 def usable_checkpoint(folder: Path) -> dict | None:
+    """What last.pt holds; None, and why, if a run can't go on from it.
+
+    If it can't be read at all, that is an OSError: it may be as good as ever.
+    """
+    path = folder / "last.pt"
+    if not path.exists():
+        return None
     try:
-        saved = lamoe.read(folder / "last.pt")
-        needed = {
-            "given",
-            "train_config",
-            "tokenizer",
-            "text",
-            "optimizers",
-            "meter",
-            "rng",
-            "done",
-        }
-        if missing := needed - saved.keys():
-            raise ValueError(f"{folder}/last.pt lacks {sorted(missing)}")
-        lamoe.build(saved, folder / "last.pt")  # config, weights and tokenizer fit this version
+        saved = lamoe.read(path)
+        types = {"given": dict, "train_config": dict, "tokenizer": dict, "text": str, "meter": list}
+        types |= {"optimizers": list, "rng": torch.Tensor, "done": dict}
+        wrong = [name for name, kind in types.items() if not isinstance(saved.get(name), kind)]
+        if wrong := wrong + sorted(DONE.keys() - saved.get("done", {}).keys()):
+            raise ValueError(f"{path} lacks {wrong}")
+        lamoe.build(saved, path)  # config, weights and tokenizer fit this version
         if saved["train_config"].keys() != {f.name for f in dataclasses.fields(TrainConfig)}:
-            raise ValueError(f"{folder}/last.pt is from another version of train.py")
+            raise ValueError(f"{path} is from another version of train.py")
+        TrainConfig(**saved["train_config"])
         return saved
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         say(f"resume     {error}")
-        say(f"           no usable checkpoint in {folder}: starting over; what is there gets .old")
         return None
 
 
@@ -1052,8 +1134,14 @@ def autocast(settings: TrainConfig):
     return torch.autocast(settings.device, torch.bfloat16, enabled=on)
 
 
-def update(parallel, optimizers, batches: Batches, meter: Meter, settings: TrainConfig, step: int):
-    """One optimizer step: rates, micro-steps, clip, step. Never waits for a GPU."""
+def update(
+    parallel, optimizers, batches: Batches, meter: Meter, settings: TrainConfig, step: int
+) -> bool:
+    """One optimizer step: rates, micro-steps, clip, step. Never waits for a GPU.
+
+    On a CPU, where it costs nothing, a loss or gradient that is not finite ends it before it moves
+    a weight: False. On a GPU that is seen at the next row of the log, or save if that comes first.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, settings) * group["highest_lr"]
@@ -1068,11 +1156,15 @@ def update(parallel, optimizers, batches: Batches, meter: Meter, settings: Train
         load_LE = load_LE + out.load
         del out  # the logits, before the optimizer needs memory
     average_whole(parallel)
-    meter.scalars[4] = clip(parallel.parameters(), settings.clip)
+    meter.scalars[4] = norm = clip(parallel.parameters(), settings.clip)
+    meter.scalars[1] += 0 * norm  # 0, or nan until the row in which it is reported
+    if settings.device == "cpu" and not meter.scalars[1].isfinite():
+        return False
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
     getattr(parallel, "module", parallel).update_bias(load_LE)  # routers that balance by a bias
+    return True
 
 
 def compile_blocks(model, parallel, batches: Batches, settings: TrainConfig) -> None:
@@ -1106,8 +1198,11 @@ def train(given: dict, resume: bool) -> None:
     """The whole run: set up, go on from a checkpoint if there is one, loop, close."""
     join(lamoe.pick_device(given.get("device", "auto")))
     folder = same_on_all(lambda: old_folder(given) if resume else new_folder(given))
+    resume = same_on_all(lambda: resume and folder.is_dir())
     held = lock(folder) if resume and RANKS.rank == 0 else None
     saved = usable_checkpoint(folder) if resume else None
+    if resume and not saved:
+        begin_again(folder, given)
     presets = PRESETS[device_and_preset(given)[1]]
     asked = saved["train_config"] if saved else {**vars(TrainConfig()), **presets, **given}
     tracker = Tracker(asked["track"] if RANKS.rank == 0 else "")
@@ -1119,14 +1214,14 @@ def train(given: dict, resume: bool) -> None:
         data = load_data(settings, known, saved, corpus, ready)
     config = lamoe.Config(**{**known, "vocab_size": data.tokenizer.vocab_size})
     torch.manual_seed(settings.seed)
-    model, done = lamoe.LaMoE(config), {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
+    model, done = lamoe.LaMoE(config), dict(DONE)
     if saved or init:
         model.load_state_dict(saved["model"] if saved else init.state_dict())
     del init
     parallel = spread(model, settings)
     optimizers, meter = make_optimizers(model, settings), Meter(model)
     if saved:
-        done = restore(saved, optimizers, meter)
+        done = restore(saved, optimizers, meter, folder)
         say(f"resume     {folder} at step {done['step']} of {settings.steps}")
         if done["step"] >= settings.steps:
             return say(f"           it is finished; try: python sample.py --model {folder}/best.pt")
@@ -1135,18 +1230,27 @@ def train(given: dict, resume: bool) -> None:
     if RANKS.rank > 0:  # noise of its own
         torch.manual_seed(hash((settings.seed, RANKS.rank, done["step"])))
     elif not resume:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     held = held or (lock(folder) if RANKS.rank == 0 else None)
+    if RANKS.rank == 0:
+        remove_leftovers(folder)
     if not saved and RANKS.rank == 0:
         set_aside(folder)
     introduce(model, settings, data, folder)
     keep_freed_memory()
     compile_blocks(model, parallel, data.batches, settings)
     run = Run(folder, parallel, model, optimizers, meter, data, settings, given, done, tracker)
-    if not loop(run):
+    try:
+        with stop_on_signals() as stop:
+            loop(run, stop)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ValueError(out_of_memory(settings)) from None
+        raise
+    if done["step"] < settings.steps:
         say(f"\nstopped and saved at step {done['step']}; go on:")
         say(f"           python train.py --resume --out {folder}")
-        sys.exit(130)
+        sys.exit(128 + stop[0])  # as a shell has it: 130 after Ctrl-C, 143 after SIGTERM
     if RANKS.rank == 0:
         close(folder, settings, data, done)
         tracker.end(folder)
@@ -1171,15 +1275,16 @@ class Run:
     tracker: Tracker
 
 
-def loop(run: Run) -> bool:
-    """Steps until all are done, True, or somebody stops it, False."""
+def loop(run: Run, stop: list) -> None:
+    """Steps until all are done, or `stop` has something in it."""
     settings, meter, data, done = run.settings, run.meter, run.data, run.done
-    logs, stop, stopping = open_logs(run), stop_on_ctrl_c(), False
+    logs, usual, stopping = open_logs(run), None, False
     row_step, row_seconds = done["step"], done["seconds"]
     while done["step"] < settings.steps and not stopping:
-        started = time.perf_counter()
-        update(run.parallel, run.optimizers, data.batches, meter, settings, done["step"])
-        done["step"] = step = done["step"] + 1
+        started, step = time.perf_counter(), done["step"] + 1
+        if not update(run.parallel, run.optimizers, data.batches, meter, settings, step - 1):
+            raise ValueError(not_finite(step, run.folder, settings))
+        done["step"] = step
         evaluating, saving, logging = (
             step % every == 0 or step == settings.steps
             for every in (settings.eval_every, settings.save_every, settings.log_every)
@@ -1208,12 +1313,10 @@ def loop(run: Run) -> bool:
             row |= {"tokens_per_s": (step - row_step) * tokens / seconds, "seconds": row_seconds}
             row_step = step
             report(run, row, logs)
+            usual = watch(row, usual, settings)
             meter.reset()
-        if saving:
-            save(run, "last.pt")
-    if stopping and done["step"] < settings.steps:
-        save(run, "last.pt")
-    return done["step"] == settings.steps
+        if saving or stopping:
+            save(run, "last.pt", logs)
 
 
 def report(run: Run, row: dict, logs: tuple) -> None:
@@ -1236,16 +1339,47 @@ def open_logs(run: Run) -> tuple | None:
     return log, Log(run.folder / "load.csv", step, ["step", "layer", *experts])
 
 
+def watch(row: dict, usual: float | None, settings: TrainConfig) -> float:
+    """Says so if a row's loss is far above the usual one; returns that of the next row."""
+    loss, usual = row["train_loss"], row["train_loss"] if usual is None else usual
+    if loss > 1.5 * usual and loss > usual + 0.5:
+        say(
+            f"spike      the loss at step {row['step']} is {loss:.2f} and was about {usual:.2f}; "
+            f"if it stays there, start anew with --lr {settings.lr / 2:.1g}"
+        )
+    return 0.8 * usual + 0.2 * loss
+
+
 def not_finite(step: int, folder: Path, settings: TrainConfig) -> str:
-    last = f"{folder}/last.pt holds the last good state" if (folder / "last.pt").exists() else ""
+    last = "nothing was saved yet"
+    if (folder / "last.pt").exists():
+        last = f"{folder}/last.pt holds the last good state"
     return (
-        f"the loss is not finite at step {step}; {last or 'nothing was saved yet'}; try lower "
-        f"rates: --lr {settings.lr / 3:.1g} --muon_lr {settings.muon_lr / 3:.1g}"
+        f"the loss or its gradient is not finite at step {step}; {last}; try lower rates in a new "
+        f"run: --lr {settings.lr / 3:.1g} --muon_lr {settings.muon_lr / 3:.1g}"
     )
 
 
-def save(run: Run, name: str) -> None:
-    """last.pt: everything a run goes on from; best.pt: what sampling needs. Rank 0 writes."""
+def is_out_of_memory(error: Exception) -> bool:
+    """torch has a class for a GPU's memory, and words for that of a CPU or a Mac."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(words in str(error) for words in ("allocate memory", "out of memory"))
+
+
+def out_of_memory(settings: TrainConfig) -> str:
+    if settings.batch_size == 1:
+        return "out of memory; halve --seq_len, or train a smaller model"
+    return (
+        f"out of memory; half the memory and the same steps in a new run: --batch_size "
+        f"{settings.batch_size // 2} --grad_accum {2 * settings.grad_accum}"
+    )
+
+
+def save(run: Run, name: str, logs: tuple | None = None) -> None:
+    """last.pt: everything a run goes on from; best.pt: what sampling needs. Rank 0 writes.
+
+    The rows of the logs are on the disk before the checkpoint of their step is.
+    """
     checkpoint = {
         "config": dataclasses.asdict(run.model.config),
         "train_config": dataclasses.asdict(run.settings),
@@ -1262,28 +1396,43 @@ def save(run: Run, name: str) -> None:
         if run.settings.device == "cuda":
             checkpoint["cuda_rng"] = torch.cuda.get_rng_state()
     if RANKS.rank == 0:
+        for log in logs or ():
+            log.flush()
         lamoe.save(run.folder / name, checkpoint)
 
 
-def restore(saved: dict, optimizers, meter: Meter) -> dict:
+def restore(saved: dict, optimizers, meter: Meter, folder: Path) -> dict:
     """Everything as it was; returns `done`. Batches need no state: the step says which is next."""
-    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-        for weight in filter(is_shard, optimizer.state):  # was whole in the file
-            mine = optimizer.state[weight]
-            for name, value in mine.items():
-                if value.shape == weight.shape:
-                    mine[name] = distribute_tensor(value, weight.device_mesh, weight.placements)
-    for mine, theirs in zip((meter.scalars, meter.load), saved["meter"], strict=True):
-        mine.copy_(theirs)
-    torch.set_rng_state(saved["rng"])
-    if "cuda_rng" in saved and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["cuda_rng"])
+    try:
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+            for weight, mine in optimizer.state.items():
+                for name, value in mine.items():
+                    if value.shape not in ((), weight.shape):
+                        raise ValueError(f"{name} of shape {[*value.shape]}")
+                    if is_shard(weight) and value.shape == weight.shape:  # was whole in the file
+                        mesh = weight.device_mesh, weight.placements
+                        mine[name] = distribute_tensor(value, *mesh)
+        for mine, theirs in zip((meter.scalars, meter.load), saved["meter"], strict=True):
+            mine.copy_(theirs)
+        torch.set_rng_state(saved["rng"])
+        if "cuda_rng" in saved and torch.cuda.is_available():
+            torch.cuda.set_rng_state(saved["cuda_rng"])
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder}/last.pt does not fit this version of train.py ({first_line(error)}); start "
+            f"a new run from its weights: --init {folder}/last.pt"
+        ) from None
     return saved["done"]
 
 
-def stop_on_ctrl_c() -> list:
-    """An empty list that Ctrl-C fills: the step in hand is finished, then saved. Twice: at once."""
+@contextlib.contextmanager
+def stop_on_signals():
+    """A list that Ctrl-C fills: the step in hand is finished, then saved. Twice: at once.
+
+    So does SIGTERM, with which schedulers end a job, of a single process: torchrun has its own way.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM] if RANKS.world == 1 else [signal.SIGINT]
     pressed = []
 
     def handler(number, frame):
@@ -1291,8 +1440,12 @@ def stop_on_ctrl_c() -> list:
             raise KeyboardInterrupt
         pressed.append(number)
 
-    signal.signal(signal.SIGINT, handler)
-    return pressed
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield pressed
+    finally:
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)
 
 
 # --- 9. What a person sees ------------------------------------------------------------------------
@@ -1380,6 +1533,17 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
     say(f"next       python sample.py {prompt}--model {folder}/best.pt")
 
 
+GO_ON = "then the same command with --resume goes on"
+REMEDIES = {  # what the system says, and what to do
+    errno.ENOSPC: f"; make room, {GO_ON}",
+    errno.EDQUOT: f"; make room, {GO_ON}",
+    errno.EROFS: f"; make it writable, {GO_ON}, or choose another --out",
+    errno.EACCES: f"; close it elsewhere and see that it can be written, {GO_ON}",
+    errno.ENOENT: "; was it taken away? start again, or choose another --out",
+    errno.EIO: "; the disk fails: copy what is there, and choose another --out",
+}
+
+
 def main() -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a character the terminal can't show
@@ -1391,7 +1555,8 @@ def main() -> None:
         train(given, resume)
     except (ValueError, OSError) as error:
         if RANKS.rank == 0:
-            print(f"error: {first_line(error)}", file=sys.stderr)
+            hint = REMEDIES.get(getattr(error, "errno", None), "")
+            print(f"error: {first_line(error)}{hint}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if RANKS.world == 1:

@@ -22,7 +22,9 @@ import csv
 import io
 import itertools
 import json
+import lzma
 import re
+import struct
 import zipfile
 import zlib
 from functools import partial
@@ -95,7 +97,7 @@ def zip_names(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             files = [info for info in archive.infolist() if not info.is_dir()]
-    except zipfile.BadZipFile:
+    except UNZIPPING:
         raise ValueError(f"{path} is no whole zip; delete it and fetch it again") from None
     if any(info.flag_bits & 1 for info in files):
         raise ValueError(f"{path} wants a password; unpack it yourself and name the folder")
@@ -114,8 +116,24 @@ def opened(members: list[Member]):
     for path, group in itertools.groupby(members, key=lambda member: member.path):
         with zipfile.ZipFile(path) if is_zip(path) else contextlib.nullcontext() as archive:
             for member in group:
-                with archive.open(member.inside) if archive else open(path, "rb") as file:
+                try:
+                    file = archive.open(member.inside) if archive else open(path, "rb")  # noqa: SIM115
+                except (*UNZIPPING, KeyError, RuntimeError) as error:  # no such name; a password
+                    raise damaged(member, error) from None
+                with file:
                     yield member, file
+
+
+# What zipfile raises at archives that are damaged, or packed in a way it doesn't know.
+UNZIPPING = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+UNZIPPING += (EOFError, NotImplementedError, OverflowError)
+
+
+def damaged(member: Member, error: Exception) -> ValueError:
+    return ValueError(
+        f"{member.path} is damaged at {member.inside}, or packed in a way Python can't unpack "
+        f"({error}); fetch it again, or unpack it yourself and name the folder"
+    )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -387,11 +405,8 @@ def documents(members: list[Member], text_column: str = "", note=print):
         try:
             for text, ends in documents_of(member, file, text_column, note):
                 yield member.source, text, ends
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-            raise ValueError(
-                f"{member.path} is damaged at {member.inside}, or packed in a way Python can't "
-                f"unpack ({error}); fetch it again, or unpack it yourself and name the folder"
-            ) from None
+        except UNZIPPING as error:
+            raise damaged(member, error) from None
 
 
 def documents_of(member: Member, file, text_column: str, note):

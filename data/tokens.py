@@ -6,6 +6,7 @@ grows under a temporary name and is renamed when all of it is on the disk, so th
 cut off is never taken for a whole one. Memory holds one batch of text at a time.
 """
 
+import contextlib
 import os
 import shutil
 import time
@@ -18,6 +19,7 @@ BATCH = 1 << 22  # encoded at a time [characters]
 
 def encode(documents, tokenizer, path: Path, progress=None) -> np.ndarray:
     """The ids of a datasets.Documents, mapped; made if not there."""
+    remove_leftovers(path.parent)
     if not path.exists():
         with replacing(path) as file:
             write_ids(file, documents.pieces(), documents.n_bytes, tokenizer, progress)
@@ -58,7 +60,10 @@ def batches(pieces):
 
 
 class replacing:
-    """A binary file that takes its place only when all of it is written: with replacing(p) as f."""
+    """A binary file that takes its place only when all of it is written: with replacing(p) as f.
+
+    Its temporary one is locked as long as it is written: one without a lock is a dead process's.
+    """
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -66,15 +71,51 @@ class replacing:
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed in __exit__
-        return self.file
+        while True:
+            self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed in __exit__
+            lock(self.file, wait=True)
+            if self.temporary.exists():
+                return self.file
+            self.file.close()  # taken for a leftover just before it was locked
 
     def __exit__(self, error, *rest):
-        with self.file:
+        try:
+            with self.file:
+                if not error:
+                    self.file.flush()
+                    os.fsync(self.file.fileno())
             if not error:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-        if error:
-            self.temporary.unlink(missing_ok=True)
-        else:
-            os.replace(self.temporary, self.path)
+                os.replace(self.temporary, self.path)
+                flush_folder(self.path.parent)
+        finally:
+            if self.temporary.exists():
+                self.temporary.unlink()
+
+
+def lock(file, wait: bool) -> None:
+    """Locks an open file until it is closed; without waiting, OSError if another process has.
+
+    Windows needs none here: an open file can't be removed there.
+    """
+    if os.name == "posix":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def remove_leftovers(cache: Path) -> None:
+    """The temporary files of processes that were killed. Windows keeps them: they are open here."""
+    for left in [left for kind in ("ids", "npz", "bpe") for left in cache.glob(f"*.{kind}.*.tmp")]:
+        with contextlib.suppress(OSError), open(left, "rb+") as file:
+            lock(file, wait=False)  # OSError if somebody writes it now
+            left.unlink()
+
+
+def flush_folder(folder: Path) -> None:
+    """Flushes a folder's entries to the disk: until then a power cut may undo a rename in it."""
+    if os.name == "posix":
+        entries = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(entries)
+        finally:
+            os.close(entries)
