@@ -13,12 +13,18 @@ from tiny_run import at_training_step, call, press_ctrl_c  # noqa: E402
 
 import train  # noqa: E402
 
-train.dist.destroy_process_group = lambda: None  # all runs go through one group
-for line in Path("runs.txt").read_text().splitlines():
-    interrupt_at, *flags = line.split()
-    pressing = contextlib.nullcontext()
-    if int(interrupt_at):
-        pressing = at_training_step(int(interrupt_at), press_ctrl_c)
-    with pressing:
-        code = call(train, *flags)
-    assert code in (0, 130), (line, code)
+
+def main() -> None:
+    train.dist.destroy_process_group = lambda: None  # all runs go through one group
+    for line in Path("runs.txt").read_text().splitlines():
+        interrupt_at, *flags = line.split()
+        pressing = contextlib.nullcontext()
+        if int(interrupt_at):
+            pressing = at_training_step(int(interrupt_at), press_ctrl_c)
+        with pressing:
+            code = call(train, *flags)
+        assert code in (0, 130), (line, code)
+
+
+if __name__ == "__main__":
+    main()
