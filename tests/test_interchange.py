@@ -347,11 +347,7 @@ REFUSED = [
     ("mixtral", dict(num_local_experts=1), ["mixtral", "only 'llama'"]),
     ("llama", dict(hidden_size="16"), ["hidden_size='16'", "int"]),
     ("llama", dict(hidden_size=True), ["hidden_size=True"]),
-<<<<<<< HEAD
     ("llama", dict(hidden_size=10**30), ["hidden_size=1000"]),
-=======
-    ("llama", dict(hidden_size=10**30), ["dim", "2^63"]),
->>>>>>> safe
     ("llama", dict(num_attention_heads=3), ["n_kv_heads"]),
     ("llama", dict(num_hidden_layers=10**12), ["layers"]),
     ("llama", dict(num_hidden_layers=1), ["unexpected", "model.layers.1."]),
