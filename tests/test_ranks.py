@@ -52,6 +52,7 @@ def runs(tmp_path_factory):
         lines.append(f"8 {' '.join(COMMON)} {CASES[name]} --out {name}-then-1")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setitem(sys.modules, "matplotlib", None)  # no pictures
         for name, flags in CASES.items():
             flags = flags.replace("--fsdp", "").split()
             assert call(train, *COMMON, *flags, "--out", f"{name}-1") == 0
