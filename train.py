@@ -1151,6 +1151,8 @@ def compile_blocks(model, parallel, batches: Batches, settings: TrainConfig) -> 
     """Compiles the model, and runs it once, so that no step of the log has that time in it."""
     if not settings.compile:
         return
+    if settings.device == "cpu":  # the loop over experts has no shapes that a compiler could know
+        return say("compile    is not for a CPU: going on without")
     started = time.perf_counter()
     say("compile    writing kernels for this model; about half a minute, less the next time")
     try:
