@@ -412,7 +412,9 @@ def obey(line, capsys):
 
 
 def test_a_preset_for_gpus_runs_on_a_cpu(workplace, capsys):
-    assert call(train, "--data", "book.txt", *TINY, *"--preset gpu --steps 1 --out gpu".split()) == 0
+    assert (
+        call(train, "--data", "book.txt", *TINY, *"--preset gpu --steps 1 --out gpu".split()) == 0
+    )
     shutil.rmtree("gpu")
     assert "going on without" in capsys.readouterr().out
 
@@ -425,10 +427,11 @@ def test_the_remedies_of_more_than_sixty_mistakes_work(folder, monkeypatch, caps
     monkeypatch.setattr(datasets, "SETS", folder / "sets")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(train, "loop", stop_at_once)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # faster
     monkeypatch.setattr("sys.stdin", io.StringIO("exit\n"))
     there, mended = set(Path().iterdir()), []
     for line in TABLE:
         mended += [line] * obey(line, capsys)
         for path in set(Path().iterdir()) - there:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert len(mended) >= 100, sorted(TABLE.keys() - set(mended))
+    assert len(mended) > 110, sorted(TABLE.keys() - set(mended))
