@@ -132,7 +132,7 @@ UNZIPPING += (EOFError, NotImplementedError, OverflowError)
 def damaged(member: Member, error: Exception) -> ValueError:
     return ValueError(
         f"{member.path} is damaged at {member.inside}, or packed in a way Python can't unpack "
-        f"({error}); fetch it again, or unpack it yourself and name the folder"
+        f"({str(error)[:100]}); fetch it again, or unpack it yourself and name the folder"
     )
 
 

@@ -4,7 +4,9 @@ One table: a command line, and the words its message must hold: what is wrong, t
 """
 
 import dataclasses
+import io
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -310,3 +312,126 @@ def test_from_a_shell_too(line, workplace):
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert all(word in result.stderr for word in TABLE[line])
+
+
+# ---------------------------------------------------------------------------------------------
+# The remedy works
+# ---------------------------------------------------------------------------------------------
+
+
+def with_flag(words, flag, value):
+    """The words with that value of a flag, instead of what it had."""
+    if flag not in words:
+        return [*words, flag, str(value)]
+    at = words.index(flag) + 1
+    has_value = at < len(words) and not re.match("--[a-z]", words[at])
+    return [*words[:at], str(value), *words[at + has_value :]]
+
+
+def nearest(least, most, value):
+    """What is allowed and nearest to what was asked for."""
+    if value == value and float(least) <= value <= float(most):
+        return value
+    return most if value > float(least) and most != "inf" else least
+
+
+# What a message says, and what a person would do then, who reads no more than it.
+RULES = {
+    r"; try (\w+)=(\w+)": lambda w, flag, value: with_flag(w, f"--{flag}", value),
+    r"try (\w+) from \[(\d+)": lambda w, flag, value: with_flag(w, f"--{flag}", value),
+    r"(\w+)=\S+ must be at least (\d+)": lambda w, flag, n: with_flag(w, f"--{flag}", n),
+    r"(\w+)=(\S+) must be from (\S+) to (\S+)": lambda w, flag, value, least, most: with_flag(
+        w, f"--{flag}", nearest(least, most, float(value))
+    ),
+    r"(\w+)=\S+ must be a number from 0": lambda w, flag: with_flag(w, f"--{flag}", 0.5),
+    r"(\w+)=\S+ is unknown; try one of [\[(]'(\w*)'": lambda w, flag, name: with_flag(
+        w, f"--{flag}", name
+    ),
+    r"(\w+)=\S+ is too small.*use (\d+) or more": lambda w, flag, n: with_flag(w, f"--{flag}", n),
+    r"unrecognized arguments: (.*); see": lambda w, more: [x for x in w if x not in more.split()],
+    r"argument (-+\w+): (?:.*invalid (?:int|float)|\S+ is no|\S+ must be.*above)": (
+        lambda w, flag: with_flag(w, flag, 1)
+    ),
+    r"argument (-+\w+): \S+ must be (?:from )?(\d)": with_flag,
+    r"argument (-+\w+): \S+ must be at least one character": (
+        lambda w, flag: with_flag(w, flag, "x")
+    ),
+    r"argument (-+\w+): \S+ must be above 0": lambda w, flag: with_flag(w, flag, 1),
+    r"argument (-+\w+): expected one argument": lambda w, flag: with_flag(w, flag, 1),
+    r"argument (-+\w+): invalid choice.*choose from '?auto'?, '?(\w+)": with_flag,
+    r"try (--device) (\w+)": with_flag,
+    r"a (--seq_len) of ([1-9]\d+) or less": with_flag,
+    r"shorten it to (\d+)": lambda w, n: [w[0][: int(n)], *w[1:]],
+    r"give one from (\d+) to": lambda w, n: with_flag(w, "--layer", n),
+    r"another name|make it first": lambda w: with_flag(w, "--html", "page.html"),
+    r"another --out": lambda w: with_flag(w, "--out", "another"),
+    r"give one of the two": lambda w: w[1:],
+    r"try --data stories|use it alone": lambda w: with_flag(w, "--data", "stories"),
+    r"columns?.* id, text": lambda w: with_flag(w, "--text_column", "text"),
+    r"a prompt that begins with a dash": lambda w: [*w[1:], "--", w[0]],
+}
+
+
+def follow(program, words, message):
+    """(program, words) after doing what the message says; None if none of the rules reads it."""
+    if iconv := re.search(r"iconv -f (\S+) -t utf-8 (\S+) > utf8.txt", message):
+        found = next(Path().rglob(Path(iconv[2]).name)).read_bytes()
+        content = found.decode(iconv[1], "replace").replace("\0", "")
+        Path("utf8.txt").write_text(content, encoding="utf-8")
+        return program, with_flag(
+            words, "--data" if program == "train.py" else "--text", "utf8.txt"
+        )
+    for rule, act in RULES.items():
+        if found := re.search(rule, message):
+            return program, act(words, *found.groups())
+    if re.search("more text|name (a|another) file|name a (plain|UTF-8) text file", message):
+        name = "--data" if program == "train.py" else "--text"
+        return program, with_flag(words, name, "book.txt")
+    if re.search("train again|another training|python train.py", message):
+        return "train.py", ["--data", "book.txt", "--out", "another"]
+    return None
+
+
+def stop_at_once(run, stop, loop=train.loop):
+    stop.append(signal.SIGINT)
+    loop(run, stop)
+
+
+def obey(line, capsys):
+    """Whether the command of a mistake works after what its messages say, three of them at most."""
+    program, *words = shlex.split(line)
+    for _ in range(4):
+        tiny = [*TINY, "--steps", "2"] if program == "train.py" else []
+        code, message = call(PROGRAMS[program], *tiny, *words), capsys.readouterr().err
+        if code in (0, 130):
+            return True
+        if not (done := follow(program, words, message)):
+            return False
+        program, words = done
+    return False
+
+
+def test_a_preset_for_gpus_runs_on_a_cpu(workplace, capsys):
+    assert (
+        call(train, "--data", "book.txt", *TINY, *"--preset gpu --steps 1 --out gpu".split()) == 0
+    )
+    shutil.rmtree("gpu")
+    assert "going on without" in capsys.readouterr().out
+
+
+def test_the_remedies_of_more_than_sixty_mistakes_work(folder, monkeypatch, capsys):
+    """Told by the words of the messages alone."""
+    monkeypatch.chdir(folder)
+    write, small = datasets.stories.write, {"train_bytes": 20_000, "val_bytes": 3_000}
+    monkeypatch.setattr(datasets.stories, "write", lambda cache: write(cache, **small))
+    monkeypatch.setattr(datasets, "SETS", folder / "sets")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(train, "loop", stop_at_once)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # faster
+    monkeypatch.setattr("sys.stdin", io.StringIO("exit\n"))
+    there, mended = set(Path().iterdir()), []
+    for line in TABLE:
+        mended += [line] * obey(line, capsys)
+        for path in set(Path().iterdir()) - there:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert len(mended) > 110, sorted(TABLE.keys() - set(mended))

@@ -910,8 +910,8 @@ def fuzz_routers(n: int, rng) -> int:
 def fuzz(root: Path, n: int) -> None:
     rng = random.Random(0)
     print(f"fuzz: {fuzz_routers(n // 100, rng)} router inputs of up to 10^36")
-    working = fuzz_configs(n // 100, rng)
-    print(f"fuzz: {n // 100} configs: {working} models that work, the rest name their mistake")
+    working = fuzz_configs(n // 500, rng)
+    print(f"fuzz: {n // 500} configs: {working} models that work, the rest name their mistake")
     folder, datasets.CACHE = make_good(root / "good"), root / "cache"
     print(f"fuzz: {n // 1000} command lines, by exit code: {fuzz_commands(folder, n // 1000, rng)}")
     print(f"fuzz: {n} strings of {fuzz_strings(n, rng)} characters came back from their ids")
