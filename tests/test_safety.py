@@ -52,9 +52,9 @@ def start(*flags):
 
 
 def test_a_run_killed_at_random_moments_ends_as_if_nobody_had(tmp_path, straight):
-    assert (
-        torture.random_kills(tmp_path / "run", straight, torture.FLAGS, random.Random(0), 0.3) > 0
-    )
+    """The patience is far below the time of a run, and grows: some kills, and an end."""
+    kills = torture.random_kills(tmp_path / "run", straight, torture.FLAGS, random.Random(0), 0.1)
+    assert kills > 0
 
 
 def test_a_run_killed_at_any_write_flush_or_rename_goes_on(tmp_path, straight):
