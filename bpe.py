@@ -615,6 +615,7 @@ def read_documents(path):
 
 
 def fail(message):
+    message = " ".join(str(message).split())  # one line, whatever the arguments hold
     print(f"bpe.py: {message}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -1655,6 +1655,7 @@ def shard(tensors: dict[str, Tensor], limit: int) -> dict[str, dict[str, Tensor]
 def main() -> None:
     class OneLine(argparse.ArgumentParser):
         def error(self, message):
+            message = " ".join(message.split())  # one line, whatever the arguments hold
             self.exit(2, f"error: {message}; see python lamoe.py --help\n")
 
     parser = OneLine("lamoe.py", description="Write a model as a Hugging Face folder.")

@@ -41,6 +41,7 @@ LONG = 20_000  # tokens: from there on compiling takes less time than it saves
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     class OneLine(argparse.ArgumentParser):
         def error(self, message):
+            message = " ".join(message.split())  # one line, whatever the arguments hold
             dashed = any(a[:1] == "-" and a[1:2].isalpha() and a != "-n" for a in sys.argv[1:])
             after = '; a prompt that begins with a dash goes last, after --: -- "-x"' * dashed
             self.exit(2, f"error: {message}; see python sample.py --help{after}\n")

@@ -129,6 +129,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
     class OneLine(argparse.ArgumentParser):
         def error(self, message):
+            message = " ".join(message.split())  # one line, whatever the arguments hold
             self.exit(2, f"error: {message}; see python train.py --help\n")
 
     parser = OneLine("train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)

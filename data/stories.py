@@ -491,6 +491,7 @@ def _write(path, blocks):
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
+        message = " ".join(message.split())  # one line, whatever the arguments hold
         self.exit(2, f"error: {message}\n")
 
 

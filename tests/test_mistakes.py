@@ -19,6 +19,7 @@ import torch
 from conftest import random_model, small_config
 from tiny_run import TINY, call, make_text
 
+import bpe
 import lamoe
 import sample
 import train
@@ -299,6 +300,23 @@ def test_each_mistake_gets_one_line_with_cause_and_remedy(line, workplace, capsy
     assert message.count("\n") == 1 and message.endswith("\n"), f"not one line: {message}"
     assert [word for word in TABLE[line] if word not in message] == [], message
     assert after == before
+
+
+@pytest.mark.parametrize(
+    "program, words",
+    [
+        (train, []),
+        (sample, ["a"]),
+        (bpe, ["a"]),
+        (lamoe, ["export", "a", "b"]),
+        (datasets, ["bbc"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_arguments_with_line_breaks_are_told_in_one_line_too(program, words, workplace, capsys):
+    assert call(program, *words, "c\nd") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "c d" in message, message
 
 
 @pytest.mark.parametrize(
