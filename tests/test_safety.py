@@ -65,13 +65,30 @@ def test_a_run_killed_at_any_write_flush_or_rename_goes_on(tmp_path, straight):
 
 
 def test_after_a_power_cut_what_was_saved_is_there_and_whole(tmp_path, straight):
-    cuts, saved = torture.power_cuts(tmp_path / "run"), 0
-    least = [cut for cut in cuts if cut.name.endswith("least")]
-    assert len(cuts) > 100
-    for cut in least[::6]:
-        saved = torture.check_cut(cut, straight, saved)
-    for cut in [cut for cut in cuts if cut not in least][::25]:
-        torture.check_cut(cut, straight, 0)
+    cuts = torture.power_cuts(tmp_path / "run")
+    least = [cut for cut in cuts if "least" in cut.name]
+    most = [cut for cut in cuts if "most" in cut.name]
+    assert len(cuts) > 100 and {cut.name[-2:] for cut in least} == {"-0", "-3", "-6", "-9", "12"}
+    for cut in [*least[::4], least[-1], *most[::25], most[-1]]:
+        torture.check_cut(cut, straight)
+
+
+LEFT_OUT = {
+    "the flush of a folder's entries": (lamoe, "flush_folder", lambda folder: None),
+    "the flush of the run's own entry": (train, "make_folder", lambda run: run.mkdir()),
+    "the flush of the logs": (train.Log, "flush", lambda log: None),
+}
+
+
+@pytest.mark.parametrize("fault", LEFT_OUT)
+def test_a_flush_left_out_would_be_noticed(fault, tmp_path, straight, monkeypatch):
+    """The test of the test above."""
+    with monkeypatch.context() as patch:
+        patch.setattr(*LEFT_OUT[fault])
+        cuts = torture.power_cuts(tmp_path / "run")
+    with pytest.raises(AssertionError, match="was saved and|log.csv"):
+        for cut in reversed(cuts):  # the last promises the most
+            torture.check_cut(cut, straight)
 
 
 @pytest.mark.parametrize("careless", [False, True])
