@@ -1182,6 +1182,11 @@ def flush_folder(folder: str | os.PathLike) -> None:
             os.close(entries)
 
 
+def first_line(error: Exception) -> str:
+    """What a person is told of an error."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def read(path: str | os.PathLike) -> dict:
     """The dict that `save` wrote. weights_only: a checkpoint is data and can't run code."""
     try:
@@ -1193,9 +1198,9 @@ def read(path: str | os.PathLike) -> dict:
     except OSError as error:  # it may be whole: nobody can tell
         raise OSError(f"{path} can't be read: {error.strerror or error}") from None
     except Exception as error:  # zip, pickle and unpickling errors have no common class
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)[:120]
         raise ValueError(
-            f"{path} is not a readable checkpoint ({reason[:120]}); use another, or train again"
+            f"{path} is not a readable checkpoint ({reason}); use another, or train again"
         ) from None
     if not isinstance(checkpoint, dict) or not {"config", "model"} <= checkpoint.keys():
         raise ValueError(f"{path} is not a LaMoE checkpoint; make one with: python train.py")
@@ -1652,13 +1657,16 @@ def shard(tensors: dict[str, Tensor], limit: int) -> dict[str, dict[str, Tensor]
     return {f"model-{i:05}-of-{n:05}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
-def main() -> None:
-    class OneLine(argparse.ArgumentParser):
-        def error(self, message):
-            message = " ".join(message.split())  # one line, whatever the arguments hold
-            self.exit(2, f"error: {message}; see python lamoe.py --help\n")
+class OneLineParser(argparse.ArgumentParser):
+    """Tells a mistake in one line, whatever the arguments hold; the other programs use it too."""
 
-    parser = OneLine("lamoe.py", description="Write a model as a Hugging Face folder.")
+    def error(self, message: str, after: str = ""):
+        message = " ".join(message.split())
+        self.exit(2, f"error: {message}; see python {self.prog} --help{after}\n")
+
+
+def main() -> None:
+    parser = OneLineParser("lamoe.py", description="Write a model as a Hugging Face folder.")
     parser.add_argument("command", choices=["export"])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="such as runs/stories/best.pt")
     parser.add_argument("folder", metavar="FOLDER", help="a new folder")
@@ -1667,7 +1675,7 @@ def main() -> None:
         model, tokenizer = load(args.checkpoint)
         save_hf(model, tokenizer, args.folder)
     except (ValueError, OSError) as error:
-        print(f"error: {error}".splitlines()[0], file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
     architecture = FAMILIES[family_of(model.config)].architecture
     print(f"{args.folder}: a {architecture}; transformers opens it, and so does sample.py --model")

@@ -39,14 +39,13 @@ LONG = 20_000  # tokens: from there on compiling takes less time than it saves
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    class OneLine(argparse.ArgumentParser):
+    class Parser(lamoe.OneLineParser):
         def error(self, message):
-            message = " ".join(message.split())  # one line, whatever the arguments hold
             dashed = any(a[:1] == "-" and a[1:2].isalpha() and a != "-n" for a in sys.argv[1:])
             after = '; a prompt that begins with a dash goes last, after --: -- "-x"' * dashed
-            self.exit(2, f"error: {message}; see python sample.py --help{after}\n")
+            super().error(message, after)
 
-    parser = OneLine("sample.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser("sample.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     count = number(int, lambda n: n > 0, "above 0")
     share = number(float, lambda p: 0 < p <= 1, "above 0 and at most 1")
     add = parser.add_argument
@@ -190,7 +189,7 @@ def converse(respond) -> None:
             print("Model: ", end="", flush=True)
             respond(prompt)
         except (ValueError, RuntimeError) as error:  # a prompt that is too long: say so, and go on
-            print(f"[{str(error).splitlines()[0]}]")
+            print(f"[{lamoe.first_line(error)}]")
         except KeyboardInterrupt:
             print("[stopped]")
 
@@ -455,7 +454,7 @@ def main() -> None:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {lamoe.first_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

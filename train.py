@@ -55,6 +55,7 @@ import lamoe
 from bpe import Tokenizer
 from data import datasets
 from data.tokens import encode, replacing
+from lamoe import first_line
 
 # --- 1. What can be chosen: fields are flags ------------------------------------------------------
 
@@ -127,12 +128,8 @@ CLASSES = (TrainConfig, lamoe.Config)
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags given; one not given is absent, so that a preset can fill it in."""
 
-    class OneLine(argparse.ArgumentParser):
-        def error(self, message):
-            message = " ".join(message.split())  # one line, whatever the arguments hold
-            self.exit(2, f"error: {message}; see python train.py --help\n")
-
-    parser = OneLine("train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    description = __doc__.split("\n\n")[0]
+    parser = lamoe.OneLineParser("train.py", description=description, allow_abbrev=False)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument(
         "--plot", nargs="+", metavar="RUN", help="draw runs into one picture, --out"
@@ -576,7 +573,7 @@ class Tracker:
             if "mlflow" not in done:
                 self.mlflow.log_params(dataclasses.asdict(settings) | dataclasses.asdict(config))
         except Exception as error:  # each of mlflow's stores fails in its own way
-            reason = str(error).split("\n")[0]
+            reason = first_line(error)
             raise ValueError(f"mlflow: {reason}; leave out --track, or mend it") from None
         done["mlflow"] = run.info.run_id
 
@@ -596,7 +593,7 @@ class Tracker:
         try:
             action(*arguments, **named)
         except Exception as error:  # as above
-            say(f"track      mlflow: {str(error).splitlines()[0]}; going on without it")
+            say(f"track      mlflow: {first_line(error)}; going on without it")
             self.mlflow = None
 
 
@@ -820,10 +817,6 @@ def check_memory(config: lamoe.Config) -> None:
 PLACES = ("out", "device", "compile", "fsdp")  # where a run happens: free to differ on a resume
 RUN_FILES = ("last.pt", "best.pt", "log.csv", "load.csv")
 DONE = {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}  # of a run: how far it is
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def load_init(path: str | None):
