@@ -226,22 +226,26 @@ def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the positions seen so far: (layers, B, G, S, K), of a fixed size.
+    """Keys and values of the positions seen so far: of each layer (B, G, S, K), of a fixed size.
 
     With it a new token costs one position of work instead of the whole text again. `position` is
     where the next token goes, on the device: a captured step reads it anew at every replay.
     """
 
     def __init__(self, config: Config, batch: int, length: int, device=None, dtype=torch.float32):
-        shape = (config.n_layers, batch, config.n_kv_heads, length, config.head_size)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch, config.n_kv_heads, length, config.head_size)
+        # Each layer's apart: a compiled step, told to write into a part of one big tensor, would
+        # first copy all of it.
+        self.k, self.v = (
+            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+            for _ in "kv"
+        )
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.length = 0  # the same number for Python; LaMoE.forward moves both on
         self.whole = False  # look at all S positions and mask, so that no shape ever changes
 
     def layer(self, i: int, positions_T: Tensor) -> "CacheLayer":
-        end = self.k.shape[3] if self.whole else self.length + len(positions_T)
+        end = self.k[i].shape[2] if self.whole else self.length + len(positions_T)
         return CacheLayer(self.k[i], self.v[i], positions_T, end)
 
 
@@ -279,8 +283,7 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS: Tensor | Non
     scores = (q_BHTK * K**-0.5).reshape(B, G, -1, K) @ k_BGSK.transpose(-2, -1)
     scores_BHTS = scores.view(B, H, T, S)
     if mask_TS is not None:
-        bias_TS = torch.zeros(T, S, dtype=scores.dtype, device=scores.device)
-        scores_BHTS = scores_BHTS + bias_TS.masked_fill(~mask_TS, -torch.inf)
+        scores_BHTS = scores_BHTS + torch.where(mask_TS, 0.0, -torch.inf).to(scores.dtype)
     return (scores_BHTS.softmax(-1).view(B, G, -1, S) @ v_BGSK).view(B, H, T, K)
 
 

@@ -211,6 +211,8 @@ class Batches:
         self.rows = range(RANKS.rank, size, RANKS.world)  # those of this process
         last = len(tokens) - 1 - length  # the text's last window moves back to be full
         self.starts = np.unique(np.minimum(windows(tokens, eot, length)[:, 0], last))
+        documents = np.frombuffer(document_starts(tokens, eot), np.int64)
+        self.is_cut = ~np.isin(self.starts, documents)  # begins where the one before ended
         self.epoch, self.order = -1, None
 
     def __call__(self, i: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,7 +229,10 @@ class Batches:
         epoch, position = divmod(n, len(self.starts))
         if epoch != self.epoch:
             generator = np.random.default_rng((self.seed, epoch))
-            self.epoch, self.order = epoch, generator.permutation(self.starts)
+            # A long text is cut elsewhere each time it is read, so that no window is met twice.
+            earlier = generator.integers(self.length) if epoch else 0
+            starts = np.maximum(self.starts - earlier * self.is_cut, 0)
+            self.epoch, self.order = epoch, generator.permutation(starts)
         return self.order[position]
 
 
@@ -379,16 +384,12 @@ class Log:
 
     def __init__(self, path: Path, step: int, columns: list[str]):
         self.path, self.columns = path, columns
-        rows = rows_until(step, path) if step else []
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        lamoe.flush_folder(path.parent)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows_until(step, path) if step else [])
+        with replacing(path) as file:
+            file.write(text.getvalue().encode())
 
     def write(self, *rows: dict) -> None:
         with open(self.path, "a", newline="", encoding="utf-8") as file:
@@ -1105,17 +1106,20 @@ class Meter:
         row = {"train_loss": loss / n, "aux": aux / n, "dropped": dropped / n}
         row["grad_norm"] = grad_norm
         if self.load.numel():
-            share = self.load / n * self.load.shape[1]  # 1 is an equal share
+            share = self.share()
             row["load_max_over_mean"] = share.max().item()
             row["dead_experts"] = int((share < 0.01).sum())
         return row
 
+    def share(self) -> torch.Tensor:
+        """Of each layer, its experts' load, (layers, E); 1 is an equal share."""
+        return self.load / self.scalars[0] * self.load.shape[1]
+
     def loads(self, step: int) -> list[dict]:
-        """Rows of load.csv: of each layer, its experts' shares; 1 is an equal one."""
-        share = self.load / self.scalars[0] * self.load.shape[1]
+        """Rows of load.csv: a layer each."""
         return [
             {"step": step, "layer": layer, **{str(e): s for e, s in enumerate(of_layer)}}
-            for layer, of_layer in enumerate(share.tolist())
+            for layer, of_layer in enumerate(self.share().tolist())
         ]
 
     def reset(self) -> None:
@@ -1223,13 +1227,13 @@ def train(given: dict, resume: bool) -> None:
     tracker.start(settings, config, folder, done)
     if RANKS.rank > 0:  # noise of its own
         torch.manual_seed(hash((settings.seed, RANKS.rank, done["step"])))
-    elif not resume:
-        make_folder(folder)
-    held = held or (lock(folder) if RANKS.rank == 0 else None)
-    if RANKS.rank == 0:
+    else:
+        if not resume:
+            make_folder(folder)
+        held = held or lock(folder)
         remove_leftovers(folder)
-    if not saved and RANKS.rank == 0:
-        set_aside(folder)
+        if not saved:
+            set_aside(folder)
     introduce(model, settings, data, folder)
     keep_freed_memory()
     compile_blocks(model, parallel, data.batches, settings)
@@ -1514,8 +1518,8 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
         ids = torch.tensor([ids], device=settings.device)
         generator = torch.Generator(settings.device).manual_seed(settings.seed)
         new = model.generate(ids, 150, 0.8, min_p=0.02, stop=tokenizer.eot, generator=generator)
-        text = tokenizer.decode([token.item() for token in new]).removesuffix("<|endoftext|>")
-        say(f"sample     {opening}{text}")
+        text = tokenizer.decode([token.item() for token in new])
+        say(f"sample     {opening}{text.partition('<|endoftext|>')[0]}")
     try:
         say(f"picture    {draw(folder, floor)}")
     except ValueError as error:

@@ -12,6 +12,7 @@ over the rate of a large bf16 product measured in the same run. Not collected by
 import gc
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import lamoe
 import train
 
+warnings.simplefilter("ignore")  # the compiler's about softmax and tf32
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 SETTINGS = train.TrainConfig(device=DEVICE, dtype="bf16" if GPU else "fp32")

@@ -361,16 +361,38 @@ def all_rows(batches, n, size):
 
 
 @given(st.integers(1, 7), st.integers(0, 5), st.integers(1, 9))
-def test_every_window_is_met_once_an_epoch(size, seed, length):
+def test_every_window_is_met_once_in_the_first_epoch(size, seed, length):
     tokens = np.concatenate([[99], np.arange(40), [99]])  # no token twice: a window is known by it
     batches = train.Batches(tokens, 99, length, size, seed)
     n = len(train.windows(tokens, 99, length))
+    rows = all_rows(batches, n, size)
+    assert len(set(rows)) == n
+    assert {token for row in rows for token in row} >= set(range(39))  # 39: only a target
+
+
+@given(st.integers(1, 7), st.integers(0, 5))
+def test_short_documents_are_each_met_once_an_epoch_in_another_order(size, seed):
+    documents = [[99, *range(7 * i, 7 * i + 7)] for i in range(12)]
+    tokens = np.array([*sum(documents, []), 99])
+    batches = train.Batches(tokens, 99, 8, size, seed)
+    n = len(batches.starts)
     rows = all_rows(batches, 3 * n, size)
-    epochs = [sorted(rows[i : i + n]) for i in (0, n, 2 * n)]
-    assert epochs[0] == epochs[1] == epochs[2]
-    assert len(set(epochs[0])) == n
-    assert {token for row in epochs[0] for token in row} >= set(range(39))  # 39: only a target
-    assert n < 8 or rows[:n] != rows[n : 2 * n], "each epoch has an order of its own"
+    first, second, third = (rows[i : i + n] for i in (0, n, 2 * n))
+    assert set(first) == set(second) == set(third) and len(set(first)) == n
+    assert first != second != third
+
+
+@given(st.integers(5, 9), st.integers(0, 5))
+def test_a_long_document_is_cut_elsewhere_in_each_epoch_but_the_first(length, seed):
+    tokens = np.array([99, *range(60), 99, *range(100, 160), 99])
+    batches = train.Batches(tokens, 99, length, 1, seed)
+    n = len(batches.starts)
+    firsts = np.array([batches(i, "cpu")[0][0, 0].item() for i in range(6 * n)]).reshape(6, n)
+    assert np.array_equal(np.sort(firsts[0]), np.sort(tokens[batches.starts]))
+    assert ((firsts == 99).sum(1) == 2).all(), "documents are met from their beginning"
+    cuts = np.sort(np.where(firsts == 99, -1, firsts))[:, 2:]
+    assert (np.abs(cuts - cuts[0]) <= length).all()
+    assert len(np.unique(cuts, axis=0)) > 1
 
 
 @given(st.integers(0, 3), st.lists(st.integers(0, 60), min_size=1, max_size=6))
