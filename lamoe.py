@@ -72,7 +72,7 @@ class Config:
     norm_eps: float = 1e-5  # inside RMSNorm's root [1]
     qk_norm: bool = False  # RMSNorm on each query and key head, before RoPE [11]
     tie_embeddings: bool = False  # the output head is the embedding, transposed
-    dropout: float = 0.0  # share of what a layer adds that is left out, in training [8: 0.1]
+    dropout: float = 0.0  # share of embeddings and layer outputs left out, in training [8: 0.1]
     balance_weight: float = 0.01  # of the balance losses of topk, noisy and switch [8: 0.01]
     z_weight: float = 0.001  # topk: of the router z-loss [9: 0.001]
     capacity_factor: float = 1.25  # switch: places over tokens, in training [8: 1 to 1.25]
@@ -893,7 +893,7 @@ class LaMoE(nn.Module):
                 mask_TS = seen_S <= positions_T[:, None]
             cache.length += T
             cache.position += T
-        x_BTD, routings = self.embed(ids_BT), []
+        x_BTD, routings = F.dropout(self.embed(ids_BT), c.dropout, self.training), []
         x_BTD = x_BTD.to(compute_dtype(x_BTD))
         for block, layer in zip(self.blocks, layers, strict=True):
             x_BTD, routing = block(x_BTD, cos_TK, sin_TK, mask_TS, layer)

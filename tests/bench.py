@@ -331,8 +331,9 @@ def bench_scaling() -> None:
     )
     for name in models:
         train.say(f"{name:20} alone {batch:11} {alone[name]:10,.0f}")
-        for fsdp in (False, True):
-            for size in (batch, batch // n):
+    for size in (batch, batch // n):  # weak scaling, then strong: the same batch in all
+        for name in models:
+            for fsdp in (False, True):
                 clean()
                 rate, share = scaled(name, fsdp, size)
                 train.say(

@@ -435,6 +435,12 @@ def test_dropout_leaves_out_what_layers_add_in_training_only():
     block.ffn.forward = torch.zeros_like
     added_BTD, _ = block(torch.zeros(8, 64, model.config.dim), None, None)
     assert set(added_BTD.unique().tolist()) == {0.0, 2.0} and 0.9 < added_BTD.mean() < 1.1
+    embedded = []
+    block.forward = lambda x_BTD, *rest: (embedded.append(x_BTD), (x_BTD, None))[1]
+    model(ids_BT)
+    whole_BTD, kept_BTD = model.embed(ids_BT), embedded[0]
+    assert torch.all((kept_BTD == 0) | (kept_BTD == 2 * whole_BTD))
+    assert 0.4 < (kept_BTD == 0).float().mean() < 0.6
 
 
 def test_output_has_the_promised_shapes():
