@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import random
 import re
+import sys
 from collections import deque
 from functools import partial
 from pathlib import Path
@@ -506,7 +507,8 @@ def main(argv=None):
     documents = (document(index, args.seed) for index in itertools.count())
     wanted = (found for found in documents if args.genre in (None, found.genre))
     for text, genre, bits, _ in itertools.islice(wanted, args.n):
-        print(f"[{genre}: {len(text)} bytes, {bits:.1f} bits]\n{text}\n")
+        print(f"[{genre}: {len(text)} bytes, {bits:.1f} bits]", file=sys.stderr)
+        print(f"{text}\n<|endoftext|>", flush=True)  # on its own, a text to train on or to show
 
 
 if __name__ == "__main__":

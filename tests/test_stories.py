@@ -221,7 +221,10 @@ def test_command_line_prints_documents_and_mistakes_take_one_line():
         command = [sys.executable, str(script), *flags]
         return subprocess.run(command, capture_output=True, text=True)
 
-    assert run("--n", "2", "--genre", "stories").stdout.count("Once, upon a time") == 2
+    printed = run("--n", "2", "--genre", "stories")
+    texts = [text.strip("\n") for text in printed.stdout.split("<|endoftext|>")]
+    assert len(texts) == 3 and texts[2] == "" and printed.stderr.count(" bits]") == 2
+    assert all(text.startswith("Once, upon a time") for text in texts[:2])
     for flags in (["--n", "0"], ["--genre", "poems"], ["--many", "3"], ["--n", "x"]):
         result = run(*flags)
         assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
