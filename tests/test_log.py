@@ -15,7 +15,7 @@ from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
 import lamoe
 import train
 from bpe import Tokenizer
-from data import datasets
+from data import datasets, logs
 
 EOT = "<|endoftext|>"
 
@@ -236,9 +236,9 @@ def test_without_matplotlib_the_loss_is_a_line_of_text(capsys):
 
 
 def test_the_line_of_text_is_as_high_as_the_values():
-    assert train.sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == "▁▂▃▄▅▆▇█"
-    assert train.sparkline([5.0, 5.0]) == "▁▁"
-    assert len(train.sparkline(list(range(1000)))) == 60
+    assert logs.sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == "▁▂▃▄▅▆▇█"
+    assert logs.sparkline([5.0, 5.0]) == "▁▁"
+    assert len(logs.sparkline(list(range(1000)))) == 60
 
 
 # ---------------------------------------------------------------------------------------------

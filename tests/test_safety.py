@@ -15,6 +15,7 @@ from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
 
 import lamoe
 import train
+from data import logs
 
 if sys.platform != "linux":
     pytest.skip("forks, /proc and signals of Linux", allow_module_level=True)
@@ -76,7 +77,7 @@ def test_after_a_power_cut_what_was_saved_is_there_and_whole(tmp_path, straight)
 LEFT_OUT = {
     "the flush of a folder's entries": (lamoe, "flush_folder", lambda folder: None),
     "the flush of the run's own entry": (train, "make_folder", lambda run: run.mkdir()),
-    "the flush of the logs": (train.Log, "flush", lambda log: None),
+    "the flush of the logs": (logs.Log, "flush", lambda log: None),
 }
 
 
@@ -221,16 +222,16 @@ def test_a_log_that_an_editor_replaced_or_took_away_gets_the_rows_that_follow(wo
 
     with at_training_step(13, replace):
         assert start(*CADENCE) == 0
-    steps = [int(row["step"]) for row in train.read_csv(Path("run/log.csv"))]
+    steps = [int(row["step"]) for row in logs.read_csv(Path("run/log.csv"))]
     assert steps == [s for s in range(1, 21) if s % 3 == 0 or s % 4 == 0]
-    assert {int(row["step"]) for row in train.read_csv(Path("run/load.csv"))} == {15, 16, 18, 20}
+    assert {int(row["step"]) for row in logs.read_csv(Path("run/load.csv"))} == {15, 16, 18, 20}
 
 
 def test_a_clock_that_goes_backwards_changes_nothing(workplace):
     clock = iter(range(10**6, 0, -1000))
     with mock.patch("time.time", lambda: next(clock)):
         assert start("--steps", "4", "--log_every", "1") == 0
-    seconds = [float(row["seconds"]) for row in train.read_csv(Path("run/log.csv"))]
+    seconds = [float(row["seconds"]) for row in logs.read_csv(Path("run/log.csv"))]
     assert seconds == sorted(seconds) and seconds[0] > 0
 
 
