@@ -123,9 +123,12 @@ def learn_merges(word_counts, n_merges, progress=None):
     Recounting all pairs after each merge would cost merges x corpus. Here all distinct words lie
     end to end in one linked list of numpy arrays, and each pair knows the positions `where` it
     occurs, so that a merge costs a few array operations on those positions alone. A heap finds the
-    best pair: highest count, then smallest (a, b). Merging "ab" in "xaby" also ends pairs (x, a)
-    and (b, y); nobody tells them. A pair only ever gains occurrences at its birth, so what `where`
-    and the heap say of it is never too low: recount the top of the heap, push it back if stale.
+    best pair: highest count, then smallest (a, b), so that the order of documents never matters.
+
+    Merging "ab" in "xaby" also ends a pair (x, a) and a pair (b, y), whose counts in the heap are
+    then too high. They are not looked up: a pair gets all its occurrences when it is entered and
+    only loses some later, so no count is ever too low, and it is enough to recount the pair on top
+    of the heap and to push it back if it had lost some.
 
     >>> learn_merges({"aaab": 2, "ab": 3}, 3)  # ab: 5 against aa: 4; then a|a|ab is left
     [(97, 98), (97, 97), (257, 256)]
@@ -164,7 +167,7 @@ def learn_merges(word_counts, n_merges, progress=None):
                 where[key] = at
                 heapq.heappush(heap, (-count, key))
             continue
-        if a == b:  # "aaaa" holds the pair three times but is merged twice, from the left
+        if a == b:  # "aaaa": at 0, 1, 2, merged at 0 and 2, every second one of a run
             index = np.arange(len(at))
             in_run = np.append(False, after[at[:-1]] == at[1:])
             at = at[(index - np.maximum.accumulate(np.where(in_run, 0, index))) % 2 == 0]
@@ -211,7 +214,10 @@ def merge_word(ids, ranks):
 
 
 def merge_long_word(ids, ranks):
-    """Returns the same in O(n log n): a heap of (rank, position) over a linked list."""
+    """Returns the same in O(n log n): a heap of (rank, position) over a linked list.
+
+    Each of at most n - 1 merges takes one entry off the heap and puts two on it at most.
+    """
     after, before = list(range(1, len(ids) + 2)), list(range(-1, len(ids)))
     heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
     heapq.heapify(heap)

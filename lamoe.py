@@ -26,8 +26,9 @@ References
 
 A tensor's name ends in its shape, one letter a dimension:
   B batch   T time (new positions)   S cached positions, or sorted rows in the dispatch
-  N = B*T tokens    D dim    H query heads    G key/value heads    K head dim
+  N = B*T tokens    D dim    H query heads    G key/value heads    R = H/G    K head dim
   E experts    A active experts a token (top_k)    F hidden dim of one expert    V vocabulary
+  L layers with experts    1, 2, 3 that many
 """
 
 import argparse
@@ -52,7 +53,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    """One line a field. Every check raises ValueError with the cause and a remedy."""
+    """One line a field; [n: x] says that reference n uses x there.
+
+    Every check raises ValueError with the cause and a remedy.
+    """
 
     vocab_size: int  # distinct token ids, special token included
     dim: int = 128  # width of the residual stream
@@ -76,7 +80,7 @@ class Config:
     balance_weight: float = 0.01  # of the balance losses of topk, noisy and switch [8: 0.01]
     z_weight: float = 0.001  # topk: of the router z-loss [9: 0.001]
     capacity_factor: float = 1.25  # switch: places over tokens, in training [8: 1 to 1.25]
-    eval_capacity_factor: float | None = None  # switch: the same in evaluation; None: no limit
+    eval_capacity_factor: float | None = None  # in evaluation; None: none, so batches don't matter
     jitter: float = 0.01  # switch: noise on the router's input, in training [8: 0.01]
     n_groups: int = 1  # deepseek: groups the experts are in [10: 8]
     top_groups: int = 1  # deepseek: groups a token may choose from [10: 4]
@@ -155,8 +159,9 @@ MAY_BE_ZERO = ("n_shared_experts", "n_dense_layers")
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, (..., rows of W).
 
-    For the one token of a compiled step it is written out as products and a sum: the compiler then
-    makes one kernel of it and its neighbours, which reads the weights at the memory's full speed.
+    When a step of generation is compiled for a GPU (section 6, `Step`), the product with its one
+    token is written out as products and a sum: the compiler then makes one kernel of it and its
+    neighbours, which reads the weights at the memory's full speed.
     """
     if fusing(x) and x.numel() == x.shape[-1]:
         y = (weight.to(x.dtype) * x.reshape(-1)).sum(-1, dtype=torch.float32)
@@ -361,7 +366,9 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
 
     def forward(self, x_SD: Tensor, weight_S1: Tensor, ends_E: Tensor) -> Tensor:
-        """weight * expert(x), rows sorted by expert: those of expert e end at row ends_E[e].
+        """weight * expert(x), rows sorted by expert: those of expert e end before row ends_E[e].
+
+        Section 4 sorts them: there a row is a copy of a token for one of its experts.
 
         The weight is multiplied in before the down projection. That is linear, so the result is the
         same, and the product joins the elementwise kernel of the SwiGLU instead of being a pass of
@@ -390,9 +397,10 @@ def has_grouped_mm(x: Tensor) -> bool:
 
 # --- 4. Dispatch: bring each token to its experts and the results back ----------------------------
 # With A experts a token there are N*A pairs (token, expert). Sorting the pairs by expert makes each
-# expert's work one dense matrix product. Two index tensors describe the trip:
+# expert's work one dense matrix product. Three index tensors describe the trip:
 #   token_S   row s of the sorted buffer is a copy of token token_S[s]
 #   slot_NA   the a-th copy of token n lies in row slot_NA[n, a]
+#   ends_E    the rows of expert e end before row ends_E[e], where those of e + 1 begin
 # `expand` goes out along the first, `combine` comes back along the second, and each is the other's
 # transpose. autograd doesn't know that: its backward of a gather is a scatter-add, slow, and on a
 # GPU in an order that changes from run to run. Told so, both directions only ever gather.
@@ -427,8 +435,8 @@ class Combine(torch.autograd.Function):
 def gather_sum(y_SD: Tensor, slot_NA: Tensor) -> Tensor:
     """The sum over a of y_SD[slot_NA[:, a]].
 
-    A gathers and their sum, one kernel when compiled; a sum along A of one big gather runs at a
-    third of that speed, because A is much shorter than what a kernel's reduction is made for.
+    A gather for each copy, and their sum: one kernel when compiled. A single gather of all copies,
+    summed along A, runs at a third of that speed: a kernel's reduction is made for longer axes.
     """
     first, *others = (y_SD.index_select(0, slot_N) for slot_N in slot_NA.unbind(1))
     return sum(others, first)
@@ -457,6 +465,7 @@ def dispatch(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Ten
         order_S, slot_NA, ends_E, is_pair_S1 = pad_groups(flat_S[order_S], order_S, slot_NA, ends_E)
     token_S = order_S.div(A, rounding_mode="floor")
     x_SD = Expand.apply(x_ND, token_S, slot_NA)
+    # The weights make the same trip, as N*A tokens of one copy each.
     weight_S1 = Expand.apply(weights_NA.view(-1, 1), order_S, slot_NA.view(-1, 1))
     if is_pair_S1 is not None:
         weight_S1 = weight_S1 * is_pair_S1
@@ -465,14 +474,16 @@ def dispatch(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Ten
 
 def dispatch_one(experts: Experts, x_1D: Tensor, experts_A: Tensor, weights_A: Tensor) -> Tensor:
     """The same for the one token of a step of generation: nothing to sort."""
-    if not (x_1D.is_cuda or fusing(x_1D)):
+    if not (x_1D.is_cuda or fusing(x_1D)):  # tests compile on a CPU, too
         rows = zip(experts_A.tolist(), weights_A, strict=True)
         return sum(expert(x_1D, w, experts.gate_up_proj[e], experts.down_proj[e]) for e, w in rows)
-    # A compiled step must not ask which experts these are: that would wait for the GPU. Written so,
-    # the compiler reads the chosen experts' weights where they lie, and only those.
+    # A GPU must not be asked which experts these are: Python would wait for it. Indexing on the GPU
+    # copies their weights; compiled, no copy is made: each kernel reads them where they lie, 1.5
+    # times as fast as grouped_mm, which is made for many rows.
     gate_up_AF = (experts.gate_up_proj[experts_A] * x_1D).sum(-1, dtype=torch.float32)
     h_AF = (swiglu(gate_up_AF) * weights_A[:, None]).to(x_1D.dtype)
-    # index_copy: h is written down once. Fused below, each row of down_proj would compute it anew.
+    # The compiler fuses nothing across index_copy, so h is computed once and stored. Fused into the
+    # product below, it would be computed anew for each of the D rows of down_proj.
     h_AF = torch.empty_like(h_AF).index_copy(0, torch.arange(len(h_AF), device=h_AF.device), h_AF)
     y_AD = (experts.down_proj[experts_A] * h_AF[:, None]).sum(-1, dtype=torch.float32)
     return y_AD.sum(0, keepdim=True).to(x_1D.dtype)
@@ -493,7 +504,8 @@ def pad_groups(sorted_S, order_S, slot_NA, ends_E, multiple: int = 32):
     """The same trip with each expert's rows filled up to a multiple.
 
     In bf16 a CPU builds a kernel for each new number of rows; so there are few numbers, and each
-    kernel is built once. The rows added are copies of token 0 that nothing reads, with weight 0.
+    kernel is built once. The rows added are copies of token 0 that nothing reads, with weight 0: up
+    to 31 an expert, little beside the hundreds that a batch brings.
     """
     gaps_E = -ends_E.diff(prepend=ends_E.new_zeros(1)) % multiple
     before_E = gaps_E.cumsum(0) - gaps_E  # rows added ahead of each expert
@@ -506,8 +518,10 @@ def pad_groups(sorted_S, order_S, slot_NA, ends_E, multiple: int = 32):
 
 # --- 5. Routers: which experts a token goes to, and how much each counts --------------------------
 # Choosing (experts_NA) and weighting (weights_NA) are separate decisions: choosing has no gradient,
-# so a router learns from its weights and from its losses. All in fp32: in bf16 near-ties between
-# experts would hang on rounding. Noise in training only, from torch's global generator.
+# so a router learns from its weights and from its losses. Where weights are normalised over the
+# chosen, as in all but Switch, A = 1 makes them the constant 1: the task then teaches it nothing.
+# All in fp32: in bf16, rounding would decide near-ties, and a token could go to other experts alone
+# than in a batch. Noise in training only, from torch's global generator.
 
 
 class Routing(NamedTuple):
@@ -604,7 +618,7 @@ def cv_squared(x_E: Tensor) -> Tensor:
 class TopK(Router):
     """Mixtral's router: weights = softmax(TopK(x W)) [6, section 2.1], balance loss, z-loss.
 
-    At k = 1 that weight is always exactly 1, so the task's loss gives this router no gradient.
+    At k = 1 that weight is always exactly 1: only the two losses move this router.
     """
 
     def forward(self, x_BTD: Tensor) -> Routing:
@@ -621,9 +635,11 @@ class TopK(Router):
 class Noisy(Router):
     """Noisy top-k gating [7, eq. 3-5]: softmax(TopK(x W + normal * softplus(x W_noise))).
 
-    The noise lets a token try other experts, each layer learns how much. Two losses, each a CV^2
-    over the batch: importance, the summed weights (eq. 6-7), and load (appendix A, eq. 8-11), where
-    a count would have no gradient and the probability of being chosen again has one:
+    The noise lets a token try other experts; W_noise is learned and says how much. Two losses, each
+    the squared coefficient of variation (CV) over the experts: of importance, their summed weights
+    (eq. 6-7), and of load, the number of their tokens (appendix A, eq. 8-11): few tokens of large
+    weight are as important as many of small weight. A count has no gradient, so load is the summed
+    probability of being chosen if the noise were drawn again:
         P(x, i) = Phi((x W - kth_excluding_i) / softplus(x W_noise))
     with x W without noise, and the k-th largest noisy logit of the *other* experts.
 
@@ -639,8 +655,7 @@ class Noisy(Router):
     @staticmethod
     def to_beat(noisy_NE: Tensor, k: int) -> Tensor:
         """The k-th largest of the other experts: the (k+1)-th of all for those that are in."""
-        kth_NK = noisy_NE.topk(k + 1).values
-        kth_N1, next_N1 = kth_NK[:, -2:-1], kth_NK[:, -1:]
+        kth_N1, next_N1 = noisy_NE.topk(k + 1).values[:, -2:].split(1, dim=1)
         return torch.where(noisy_NE >= kth_N1, next_N1, kth_N1)
 
     def forward(self, x_BTD: Tensor) -> Routing:
@@ -667,10 +682,11 @@ class Switch(Router):
 
     The raw probability is what lets the task teach the router: renormalised over one expert it
     would be 1 and have no gradient. An expert has capacity_factor * N / E places (eq. 3); a token
-    that finds none passes by on the residual. Places go in time order, all rows at t before any
-    at t + 1: by score, or row by row, a later token could take an earlier one's place, and
-    training would see the future that generation has not. So in training a token depends on
-    earlier times in all rows and on lower rows at its own, and on nothing later.
+    that finds none passes by on the residual. [8] needs that limit because its experts compute a
+    fixed number of rows; our dispatch takes any, and has it to show what it does. Places go in time
+    order, all rows at t before any at t + 1: by score, or row by row, a later token could take an
+    earlier one's place, and training would see the future that generation has not. So in training
+    a token depends on earlier times in all rows and on lower rows at its own, and on nothing later.
 
     >>> experts_BT = torch.tensor([[0, 0, 1], [0, 1, 1]])  # two rows, three times
     >>> Switch.place(experts_BT, 2).tolist()               # 1: first in the queue of its expert
@@ -731,7 +747,7 @@ class DeepSeek(Router):
     def choose(self, biased_NE: Tensor) -> Tensor:
         c = self.config
         if c.top_groups < c.n_groups:
-            groups_NGE = biased_NE.unflatten(1, (c.n_groups, -1))
+            groups_NGE = biased_NE.unflatten(1, (c.n_groups, -1))  # here G groups of E experts
             best_NG2 = groups_NGE.topk(min(2, groups_NGE.shape[-1])).values
             allowed_NA = best_NG2.sum(-1).topk(c.top_groups).indices
             masked_NG = torch.ones_like(best_NG2[..., 0], dtype=torch.bool)
@@ -747,7 +763,8 @@ class DeepSeek(Router):
         weights_NA = c.routed_scale * scores_NA / (scores_NA.sum(-1, keepdim=True) + 1e-20)
         if not self.training:
             return Routing(experts_NA, weights_NA, load_E)
-        # Eq. 18 counts the choice by score alone, without the bias: the loss evens out the scores.
+        # Eq. 18 counts the experts of the highest scores, without the bias, not those chosen: the
+        # bias evens out the load, this loss the scores.
         probs_BTE = (scores_NE / (scores_NE.sum(-1, keepdim=True) + 1e-20)).view(
             *x_BTD.shape[:2], -1
         )
@@ -848,10 +865,10 @@ class LaMoE(nn.Module):
     def init_weights(self):
         """Normal(0, 0.02), but what writes to the residual stream starts at zero.
 
-        So each block starts as the identity, and a zero head starts the loss at exactly ln(V). A
-        free embedding starts large: words that stand in the same contexts are pulled together, and
-        copying a name needs what still tells them apart. Tied to the head it can't be large, or the
-        first logits would be.
+        So each block starts as the identity, and a zero head starts the loss at exactly ln(V). An
+        embedding that isn't tied to the head starts large: training pulls words of like contexts,
+        all names say, towards one vector, and copying the right name needs what is left of their
+        difference. A tied one can't start large: the first logits would be large, and wrong.
         """
         for name, weight in self.named_parameters():
             if any(part in name for part in ("o_proj", "down_proj", "head", "noise")):
@@ -922,7 +939,9 @@ class LaMoE(nn.Module):
             return logits_BTV, None
         flat_NV = logits_BTV.flatten(0, 1)  # compiled, no copy of it in fp32 is ever made
         loss = F.cross_entropy(flat_NV.float(), targets_BT.flatten())
-        return logits_BTV.detach(), loss  # else the compiled backward adds zeros, as large as they
+        # Detached: nobody wants a gradient by way of these logits, but the compiled backward would
+        # add one, of zeros, as large as they are.
+        return logits_BTV.detach(), loss
 
     def compile(self) -> None:
         """Compiles the block, once for all layers since they share its code, and the loss.
@@ -966,8 +985,9 @@ class LaMoE(nn.Module):
             raise ValueError("generate needs the model in evaluation mode; call model.eval() first")
         T, n_new = ids_BT.shape[1], min(max_new_tokens, self.config.seq_len - ids_BT.shape[1])
         filters = (temperature, top_k, top_p, min_p)
-        length = min(self.config.seq_len, -(-(T + max(0, n_new)) // 256) * 256)  # few lengths:
-        step = Step(self, len(ids_BT), length, filters, repetition_penalty, stop)  # few kernels
+        # A multiple of 256: kernels are compiled for a length, so let there be few.
+        length = min(self.config.seq_len, -(-(T + max(0, n_new)) // 256) * 256)
+        step = Step(self, len(ids_BT), length, filters, repetition_penalty, stop)
         if graph or graph is None and ids_BT.is_cuda and n_new >= 64 and can_capture(self, ids_BT):
             step.capture(compile)
         for n in range(n_new):
@@ -1083,8 +1103,9 @@ def likely(logits_BV, temperature=1.0, top_k=None, top_p=None, min_p=None) -> Te
 def sample(logits_BV: Tensor, noise_BV: Tensor, temperature: float = 1.0, *filters) -> Tensor:
     """One id a row, (B,), drawn as `likely` says; at temperature 0 the most likely.
 
-    The draw is argmax(probs / noise), with noise from Exponential(1): of clocks that ring at rates
-    p, clock i is the first with probability p_i. No number has to leave the GPU for it.
+    The draw is argmax(probs / noise), with noise from Exponential(1): a clock of rate p_i rings at
+    time noise_i / p_i, and of all clocks i is the first with probability p_i. No number has to
+    leave the GPU for it.
 
     >>> sample(torch.tensor([[1.0, 3.0, 2.0]]), torch.ones(1, 3), temperature=0).tolist()
     [1]
