@@ -8,6 +8,7 @@ to install it; with LAMOE_REQUIRE_ORACLES=1 (as in .ci/run) a missing oracle is 
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +59,23 @@ def pytest_runtest_makereport(item):
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report():  # importorskip at the top of a file skips before any mark is read
     return fail_if_skipped((yield))
+
+
+# ---------------------------------------------------------------------------------------------
+# Exercises: they fail until a reader solves them, so they run only when asked for by name
+# ---------------------------------------------------------------------------------------------
+
+EXERCISES = Path(__file__).resolve().parent / "exercises"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skips an exercise unless its file, or the folder of all, was named on the command line."""
+    named = {Path(argument.split("::")[0]).resolve() for argument in config.args}
+    for item in items:
+        path = item.path.resolve()
+        if path.parent == EXERCISES and not named & {path, EXERCISES}:
+            command = f"pytest tests/exercises/{path.name}"
+            item.add_marker(pytest.mark.skip(reason=f"an exercise, run by: {command}"))
 
 
 # ---------------------------------------------------------------------------------------------
