@@ -1,0 +1,158 @@
+"""Every command in the README runs: shortened by flags, on a small text, where nothing else is."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import TINY, call, make_text
+
+import bpe
+import lamoe
+import sample
+import train
+from data import datasets, stories
+
+ROOT = Path(train.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAMS = ("python", "torchrun", "pip", "conda", "pytest")
+
+
+def commands() -> list[str]:
+    """Those in blocks of code and those in backticks; T in an experiment is what it stands for."""
+    blocks, inline = re.findall(r"^```\n(.*?)^```", README, re.M | re.S), []
+    for span in re.findall(r"`([^`]+)`", re.sub(r"^```\n.*?^```", "", README, flags=re.M | re.S)):
+        inline.append(" ".join(span.split()))
+    prefix = next(span for span in inline if span.startswith("python train.py --data tiny"))
+    inline = [re.sub(r"^T ", f"{prefix} ", span) for span in inline]
+    lines = [line.split("#")[0] for block in blocks for line in block.splitlines()] + inline
+    found = [part.strip() for line in lines for part in line.split("&&")]
+    return sorted({command for command in found if command.split(" ")[0] in PROGRAMS})
+
+
+COMMANDS = commands()
+
+
+def test_the_readme_holds_all_that_can_be_done():
+    for program in ("train.py", "sample.py", "lamoe.py", "bpe.py", "data/datasets.py"):
+        assert any(f"python {program}" in command for command in COMMANDS), program
+    assert len(COMMANDS) > 40 and any(command.startswith("pytest") for command in COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """A folder with texts under the README's names, a finished run, and an exported model."""
+    folder = tmp_path_factory.mktemp("library")
+    for i, name in enumerate(("book.txt", "my_folder/a/b.md", "news.txt", "plays.txt")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(make_text(2000, i))
+    rows = "".join(f"{i},{make_text(40, i)!r}\n".replace("\n'", "'") for i in range(90))
+    (folder / "rows.csv").write_text("id,body\n" + rows)
+    for name in ("bbc", "physics", "tinyshakespeare", "tinystories"):
+        (folder / "sets" / name).mkdir(parents=True)
+        (folder / "sets" / name / f"{name}.txt").write_text(make_text(2000, len(name)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(datasets, "CACHE", folder / "cache")
+        for run in ("runs/stories", "runs/A", "runs/B"):
+            flags = [*TINY, "--seq_len", 64, "--steps", 2]
+            assert call(train, "--data", "book.txt", "--out", run, *flags) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def workplace(library, monkeypatch):
+    monkeypatch.chdir(library)
+    monkeypatch.setattr(datasets, "SETS", library / "sets")
+    monkeypatch.setattr(stories, "WORKERS", 1, raising=False)
+    return library
+
+
+SHORT = [*TINY, "--steps", "2", "--draw_mb", "1", "--log_every", "1", "--grad_accum", "1"]
+
+
+def shortened(arguments: list[str]) -> list[str]:
+    """The same flags with the last word of ours, a new folder, and none that needs an extra."""
+    asked = [{"S": "3"}.get(word, word) for word in arguments]
+    if "--router" in asked and "switch" in asked:
+        asked += ["--top_k", "1"]
+    short = [*asked, *SHORT]
+    kept = ["--n_experts"] if {"--n_experts", "--top_k"} & {*asked} else []
+    for flag in [*kept, *({"--top_k", "--tokenizer"} & {*asked})]:  # what the command is about
+        at = len(asked) + short[len(asked) :].index(flag)
+        del short[at : at + 2]
+    return short
+
+
+def run(program, arguments, monkeypatch):
+    if program is train and "--plot" in arguments:
+        pytest.importorskip("matplotlib")
+    elif program is train and "--resume" in arguments:
+        arguments = ["--resume", "--out", "runs/stories"]
+    elif program is train and "--init" in arguments:
+        pytest.importorskip("safetensors")
+        arguments = [*arguments, "--steps", "1", "--device", "cpu", "--dtype", "fp32"]
+    elif program is train:
+        arguments = [*shortened(arguments), "--out", str(train.logs.first_free("runs/one"))]
+    if program is sample:
+        monkeypatch.setattr("builtins.input", lambda *a: "exit")
+        arguments = [*arguments, "--device", "cpu", "--max_new_tokens", "4"]
+        if "--model" not in arguments:
+            arguments += ["--model", "runs/stories/best.pt"]
+    assert call(program, *arguments) == 0
+
+
+def is_exported(folder: Path) -> None:
+    pytest.importorskip("safetensors")
+    if not folder.exists():
+        assert call(lamoe, "export", "runs/stories/best.pt", folder) == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_readme_command_runs(command, workplace, monkeypatch, capfd):
+    words = shlex.split(command)
+    if words[0] == "torchrun":  # by two ranks: tests/test_ranks.py; here: the flags are known
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        assert words[1] == "--nproc_per_node" and (ROOT / words[script]).is_file()
+        if words[script] == "train.py":
+            train.parse(words[script + 1 :])
+    elif words[0] in ("pip", "conda"):  # .ci/run does; here: the extras exist
+        extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+        named = re.findall(r"\[([\w,]+)\]", command)
+        assert all(extra in extras for names in named for extra in names.split(","))
+        assert words[1] in ("install", "create", "activate")
+    elif words[0] == "pytest":
+        files = [str(ROOT / word) for word in words[1:]]
+        found = subprocess.run(
+            [sys.executable, "-m", "pytest", "--collect-only", "-q", *files, "-k", "readme or fill"]
+            if not files
+            else [sys.executable, "-m", "pytest", "--collect-only", "-q", *files],
+            cwd=ROOT,
+            capture_output=True,
+        )
+        assert found.returncode in (0, 5), found.stdout
+    elif words[1] == "data/stories.py":
+        target = words.index(">") if ">" in words else len(words)
+        options = ["2" if words[i - 1] == "--n" else word for i, word in enumerate(words)]
+        options = ["plays" if word == "$g" else word for word in options[2:target]]
+        stories.main(options)
+    elif words[1] == "data/datasets.py":
+        names = [word for word in words[2:] if not word.startswith("--")][:1]
+        assert all(name in datasets.download.SETS for name in names)
+        assert names or datasets.main([]) in (None, 0)
+    elif words[1].startswith("tests/"):  # they take minutes; here: they can be imported
+        script = f"import runpy; runpy.run_path({str(ROOT / words[1])!r}, run_name='x')"
+        subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT / "tests")
+    else:
+        program = {"train.py": train, "sample.py": sample, "lamoe.py": lamoe, "bpe.py": bpe}[
+            words[1]
+        ]
+        if "FOLDER" in words or program is lamoe:
+            folder = workplace / ("new" if program is lamoe else "exported")
+            if program is not lamoe:
+                is_exported(folder)
+            pytest.importorskip("safetensors")
+            words = [str(folder) if word == "FOLDER" else word for word in words]
+        run(program, words[2:], monkeypatch)
