@@ -61,7 +61,7 @@ split_words = regex.compile(PATTERN).findall
 #       space, and none looks beyond it (the lookahead only ever follows white space);
 #   after a line break before a non-space: no alternative has a line break anywhere but in its
 #       tail, and the white space that ends there is taken up to its last line break.
-# A chunk is white space and non-spaces up to the first such cut. `re` counts \x1c-\x1f as white
+# A chunk is white space and non-spaces up to the next such cut (fewer cuts are safe). `re` counts \x1c-\x1f as white
 # space and `regex` does not: cuts are only rarer for it, as both sides must pass the stricter test.
 split_chunks = re.compile(r"\s*\S+(?:[^\S ]\s*(?:(?<![\r\n])\S+)?)*|\s+").findall
 find_cut = re.compile(r"(?<=\S)(?= )|(?<=[\r\n])(?=\S)").search
@@ -639,7 +639,7 @@ def main():
     try:
         documents, show = read_documents(args.file), partial(print, end="   \r", flush=True)
         tok = Tokenizer.train(documents, args.vocab_size, progress=show)
-        ids = tok.encode_array(islice(read_documents(args.file), 64))  # a megabyte at most
+        ids = tok.encode_array(islice(read_documents(args.file), 64))  # 64 documents or blocks
         n_bytes, n_ids = tok.byte_lengths[ids[ids != tok.eot]].sum(), np.sum(ids != tok.eot)
         if not n_ids:
             fail(f"{args.file} is empty; give a file with some text")

@@ -246,7 +246,7 @@ class Cache:
             for _ in "kv"
         )
         self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.length = 0  # the same number for Python; LaMoE.forward moves both on
+        self.length = 0  # the same for Python; a captured step moves only position
         self.whole = False  # look at all S positions and mask, so that no shape ever changes
 
     def layer(self, i: int, positions_T: Tensor) -> "CacheLayer":
@@ -371,7 +371,7 @@ class Experts(nn.Module):
         Section 4 sorts them: there a row is a copy of a token for one of its experts.
 
         The weight is multiplied in before the down projection. That is linear, so the result is the
-        same, and the product joins the elementwise kernel of the SwiGLU instead of being a pass of
+        same, but compiled the product joins the elementwise kernel of the SwiGLU and is no pass of
         its own over the output.
         """
         gate_up_proj, down_proj = self.gate_up_proj.to(x_SD.dtype), self.down_proj.to(x_SD.dtype)
@@ -474,7 +474,7 @@ def dispatch(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Ten
 
 def dispatch_one(experts: Experts, x_1D: Tensor, experts_A: Tensor, weights_A: Tensor) -> Tensor:
     """The same for the one token of a step of generation: nothing to sort."""
-    if not (x_1D.is_cuda or fusing(x_1D)):  # tests compile on a CPU, too
+    if not (x_1D.is_cuda or fusing(x_1D)):  # a test may put a CPU in its place
         rows = zip(experts_A.tolist(), weights_A, strict=True)
         return sum(expert(x_1D, w, experts.gate_up_proj[e], experts.down_proj[e]) for e, w in rows)
     # A GPU must not be asked which experts these are: Python would wait for it. Indexing on the GPU
@@ -504,8 +504,8 @@ def pad_groups(sorted_S, order_S, slot_NA, ends_E, multiple: int = 32):
     """The same trip with each expert's rows filled up to a multiple.
 
     In bf16 a CPU builds a kernel for each new number of rows; so there are few numbers, and each
-    kernel is built once. The rows added are copies of token 0 that nothing reads, with weight 0: up
-    to 31 an expert, little beside the hundreds that a batch brings.
+    kernel is built once. The rows added are copies of token 0 that nothing reads, and weight 0
+    keeps from gradients: up to 31 an expert, little beside the hundreds that a batch brings.
     """
     gaps_E = -ends_E.diff(prepend=ends_E.new_zeros(1)) % multiple
     before_E = gaps_E.cumsum(0) - gaps_E  # rows added ahead of each expert
@@ -519,7 +519,7 @@ def pad_groups(sorted_S, order_S, slot_NA, ends_E, multiple: int = 32):
 # --- 5. Routers: which experts a token goes to, and how much each counts --------------------------
 # Choosing (experts_NA) and weighting (weights_NA) are separate decisions: choosing has no gradient,
 # so a router learns from its weights and from its losses. Where weights are normalised over the
-# chosen, as in all but Switch, A = 1 makes them the constant 1: the task then teaches it nothing.
+# chosen, as in all but Switch, A = 1 makes them a constant: the task then teaches it nothing.
 # All in fp32: in bf16, rounding would decide near-ties, and a token could go to other experts alone
 # than in a batch. Noise in training only, from torch's global generator.
 
@@ -863,12 +863,12 @@ class LaMoE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal(0, 0.02), but what writes to the residual stream starts at zero.
+        """Normal(0, 0.02), but what a block adds to the residual stream starts at zero.
 
         So each block starts as the identity, and a zero head starts the loss at exactly ln(V). An
-        embedding that isn't tied to the head starts large: training pulls words of like contexts,
-        all names say, towards one vector, and copying the right name needs what is left of their
-        difference. A tied one can't start large: the first logits would be large, and wrong.
+        embedding that isn't tied to the head starts large, at 1: training pulls words of like
+        contexts, all names say, towards one vector, and a large start leaves them far enough apart
+        to copy the right one. A tied one can't: the first logits would be large, and wrong.
         """
         for name, weight in self.named_parameters():
             if any(part in name for part in ("o_proj", "down_proj", "head", "noise")):

@@ -115,6 +115,7 @@ PRESETS = {"laptop": LAPTOP, "gpu": GPU, "gpu-large": GPU_LARGE}
 # which weight decay keeps from being learned by heart. Where names must be recalled, it does harm.
 TEXTS = (
     (4e6, {"vocab_size": 2048, "seq_len": 64, "n_layers": 4, "lr": 4e-3, "weight_decay": 0.6}),
+    (6e6, {"vocab_size": 4096, "seq_len": 256, "n_layers": 3, "lr": 4e-3, "weight_decay": 0.3}),
     (1e8, {"vocab_size": 2048, "seq_len": 256, "n_layers": 3, "lr": 8e-3, "weight_decay": 0.1}),
     (math.inf, {"vocab_size": 8192, "seq_len": 512, "lr": 4e-3, "weight_decay": 0.1}),
 )
