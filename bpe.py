@@ -61,8 +61,9 @@ split_words = regex.compile(PATTERN).findall
 #       space, and none looks beyond it (the lookahead only ever follows white space);
 #   after a line break before a non-space: no alternative has a line break anywhere but in its
 #       tail, and the white space that ends there is taken up to its last line break.
-# A chunk is white space and non-spaces up to the next such cut (fewer cuts are safe). `re` counts \x1c-\x1f as white
-# space and `regex` does not: cuts are only rarer for it, as both sides must pass the stricter test.
+# A chunk is white space and non-spaces up to the next such cut; fewer cuts are as safe. `re` counts
+# \x1c-\x1f as white space and `regex` does not: for it cuts are only rarer, as both sides must pass
+# the stricter test.
 split_chunks = re.compile(r"\s*\S+(?:[^\S ]\s*(?:(?<![\r\n])\S+)?)*|\s+").findall
 find_cut = re.compile(r"(?<=\S)(?= )|(?<=[\r\n])(?=\S)").search
 
