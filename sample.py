@@ -41,6 +41,7 @@ LONG = 20_000  # tokens: from there on compiling takes less time than it saves
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     class Parser(lamoe.OneLineParser):
         def error(self, message):
+            # A prompt such as -x is taken for a flag: say how to give it.
             dashed = any(a[:1] == "-" and a[1:2].isalpha() and a != "-n" for a in sys.argv[1:])
             after = '; a prompt that begins with a dash goes last, after --: -- "-x"' * dashed
             super().error(message, after)
@@ -96,10 +97,11 @@ def number(kind, fits, must: str):
 
 
 def newest_model() -> Path:
-    models = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
-    if not models:
+    models = Path("runs").glob("*/best.pt")
+    newest = max(models, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
         raise ValueError("no model in runs/ yet; make one (minutes): python train.py")
-    return models[-1]
+    return newest
 
 
 # --- 2. Writing text ------------------------------------------------------------------------------
@@ -146,15 +148,17 @@ def answer(model, tokenizer, prompt: str, args, generator: torch.Generator) -> l
     ids = [*tokenizer.start, *tokenizer.encode(prompt)] or [tokenizer.eot]
     seq_len = model.config.seq_len
     if len(ids) >= seq_len:
-        most = f"the model reads {seq_len} at most; shorten it to {seq_len - 2}"
-        raise ValueError(f"the prompt has {len(ids) - 1} tokens and {most}")
+        start = len(tokenizer.start)
+        most = f"the model reads {seq_len} at most; shorten it to {seq_len - 1 - start}"
+        raise ValueError(f"the prompt has {len(ids) - start} tokens and {most}")
     how = (args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     batch_BT = torch.tensor([ids] * args.n, device=args.device)
     texts = [Continuation(tokenizer, args.stop) for _ in range(args.n)]
     stream = partial(print, end="", flush=True) if args.n == 1 else lambda piece: None
     started = time.perf_counter()
     stream(prompt)
-    compiled = args.compile or args.n == 1 and args.max_new_tokens >= LONG
+    n_new = min(args.max_new_tokens, seq_len - len(ids))
+    compiled = args.compile or args.n == 1 and n_new >= LONG
     try:
         for ids_B in model.generate(
             batch_BT, args.max_new_tokens, *how, tokenizer.eot, generator, compile=compiled
@@ -231,7 +235,7 @@ def read_ids(path: str, tokenizer, most: int = 100_000) -> list[int]:
         if len(ids) > most:
             print(f"[{path}: the first {most:,} tokens]", file=sys.stderr)
             break
-    if set(ids) == {tokenizer.eot}:
+    if set(ids) <= {tokenizer.eot}:
         raise ValueError(f"{path} is empty; name a file with text in it")
     return ids[:most]
 
@@ -366,10 +370,11 @@ def check_page(path: str) -> None:
     target, opening = Path(path), b"".join(PAGE.read_bytes().splitlines(True)[:2])  # its author
     if not target.parent.is_dir():
         raise ValueError(f"--html {path}: there is no folder {target.parent}; make it first")
+    is_ours = False
     if target.is_file():
         with target.open("rb") as file:
             is_ours = file.read(len(opening)) == opening
-    if target.exists() and not (target.is_file() and is_ours):
+    if target.exists() and not is_ours:
         raise ValueError(f"--html {path} is there and is no page of sample.py; give another name")
 
 
@@ -422,9 +427,8 @@ def respond(model, tokenizer, args, generator, prompt: str) -> None:
 
 def run(args) -> None:
     args.device, path = lamoe.pick_device(args.device), args.model or newest_model()
-    dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    if args.dtype == "auto" and args.device == "cuda":  # it was trained in bf16, and reads half
-        dtype = torch.bfloat16
+    auto = torch.bfloat16 if args.device == "cuda" else None  # as it was trained; half to read
+    dtype = {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model, tokenizer = lamoe.load(path, args.device, dtype)
     if tokenizer is None:
         remedy = "make a model with one (python train.py), or put the model's tokenizer.json there"

@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import errno
 import hashlib
 import inspect
@@ -87,11 +88,11 @@ class TrainConfig:
     track: str = ""  # mlflow: log there too, into ./mlruns or MLFLOW_TRACKING_URI
 
     def __post_init__(self):
-        whole, inf = dict.fromkeys(("eval_every", "save_every", "seed", "draw_mb"), 0), math.inf
-        whole |= dict.fromkeys(("steps", "batch_size", "grad_accum", "log_every"), 1)
-        ranges = {name: (least, 2**63 - 1) for name, least in whole.items()}
-        ranges |= {"lr": (0, inf), "muon_lr": (0, inf), "weight_decay": (0, inf)}
-        ranges |= {"warmup": (0, 1), "clip": (1e-12, inf)}
+        most = 2**63 - 1
+        ranges = dict.fromkeys(("eval_every", "save_every", "seed", "draw_mb"), (0, most))
+        ranges |= dict.fromkeys(("steps", "batch_size", "grad_accum", "log_every"), (1, most))
+        ranges |= dict.fromkeys(("lr", "muon_lr", "weight_decay"), (0, math.inf))
+        ranges |= {"warmup": (0, 1), "clip": (1e-12, math.inf)}
         for name, (least, most) in ranges.items():
             if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"{name}={value} must be from {least} to {most}")
@@ -112,7 +113,8 @@ GPU_LARGE |= {"batch_size": 16, "grad_accum": 16, "steps": 4000, "lr": 1e-3}
 PRESETS = {"laptop": LAPTOP, "gpu": GPU, "gpu-large": GPU_LARGE}
 # Text below so many bytes, and what suits it. A token must be met often to be learned, so small
 # texts get few; a short context makes many windows of them; and they are read several times over,
-# which weight decay keeps from being learned by heart. Where names must be recalled, it does harm.
+# which weight decay keeps from being learned by heart. The third row is for the embedded corpora:
+# they have few words, and weight decay harms the recall of names.
 TEXTS = (
     (4e6, {"vocab_size": 2048, "seq_len": 64, "n_layers": 4, "lr": 4e-3, "weight_decay": 0.6}),
     (6e6, {"vocab_size": 4096, "seq_len": 256, "n_layers": 3, "lr": 4e-3, "weight_decay": 0.3}),
@@ -134,9 +136,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     for cls in CLASSES:
         group = parser.add_argument_group(cls.__name__)
+        # The comment behind a field is the help of its flag.
         meaning = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.M))
         for field in dataclasses.fields(cls):
-            default = "by the text" if field.default is dataclasses.MISSING else field.default
+            default = LAPTOP.get(field.name, field.default)
+            default = "by the text" if field.name in TEXTS[0][1] else default
             text = f"{meaning[field.name]} (default: {default})".replace("%", "%%")
             options = {"default": argparse.SUPPRESS, "help": text}
             if field.type is bool:
@@ -162,6 +166,9 @@ class Ranks(typing.NamedTuple):
 RANKS = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 # --- 2. Data: one flat array of ids -> windows -> batches -----------------------------------------
+
+
+# Ids are those of <|endoftext|> (eot), a document, eot, a document, ..., eot.
 
 
 def windows(tokens: np.ndarray, eot: int, length: int) -> np.ndarray:
@@ -227,7 +234,7 @@ class Batches:
         epoch, position = divmod(n, len(self.starts))
         if epoch != self.epoch:
             generator = np.random.default_rng((self.seed, epoch))
-            # A long text is cut elsewhere each time it is read, so that no window is met twice.
+            # Windows that begin inside a text begin elsewhere each time it is read.
             earlier = generator.integers(self.length) if epoch else 0
             starts = np.maximum(self.starts - earlier * self.is_cut, 0)
             self.epoch, self.order = epoch, generator.permutation(starts)
@@ -240,13 +247,14 @@ class Batches:
 class Score(typing.NamedTuple):
     loss: float  # nats a token
     bits_per_byte: float
-    bits_of_kind: np.ndarray | None  # total bits by datasets.KINDS, on the embedded corpus
+    bits_of_label: np.ndarray | None  # total bits of the bytes with each label
 
 
 @torch.inference_mode()
-def evaluate(model, ids, spans, tokenizer, settings, kinds=None, ranks=None) -> Score:
+def evaluate(model, ids, spans, tokenizer, settings, labels=None, ranks=None) -> Score:
     """Scores every token of ids but the first, each once, in the window whose span it is in.
 
+    labels: a number for each byte of those tokens: its source, or an index into datasets.KINDS.
     Several ranks share the windows, unless told that this one is alone: ranks=Ranks().
     """
     ranks, was_training = ranks or RANKS, model.training
@@ -277,11 +285,11 @@ def evaluate(model, ids, spans, tokenizer, settings, kinds=None, ranks=None) -> 
         nats = total.double().cpu().numpy()
     sizes = tokenizer.byte_lengths[ids[1:]]
     bits = nats / math.log(2)
-    by_kind = None
-    if kinds is not None:  # a token is of the kind of its last byte
-        kind = kinds[np.cumsum(sizes) - 1]
-        by_kind = np.bincount(kind, weights=bits, minlength=len(datasets.KINDS))
-    return Score(float(nats.mean()), float(bits.sum() / sizes.sum()), by_kind)
+    of_label = None
+    if labels is not None:  # a token has the label of its last byte
+        label = labels[np.cumsum(sizes) - 1]
+        of_label = np.bincount(label, weights=bits, minlength=len(datasets.KINDS))
+    return Score(float(nats.mean()), float(bits.sum() / sizes.sum()), of_label)
 
 
 # --- 4. Optimizers and schedule -------------------------------------------------------------------
@@ -364,8 +372,12 @@ def schedule(step: int, config: TrainConfig) -> float:
 
 def pick_dtype(name: str, device: str) -> str:
     """bf16 where it pays: on a GPU, and on a CPU that wins a short race with it."""
-    if name != "auto" or device != "cpu":
-        return {"cuda": "bf16", "mps": "fp32"}[device] if name == "auto" else name
+    if name != "auto":
+        return name
+    if device != "cpu":
+        return {"cuda": "bf16", "mps": "fp32"}[device]
+    if RANKS.world > 1:  # each might come to another result
+        return "fp32"
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, race = torch.randn(512, 512).to(dtype), []
@@ -387,7 +399,7 @@ class Data(typing.NamedTuple):
     source_of_byte: np.ndarray | None  # of the validation text, where there is more than one
 
 
-def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus, ready=None) -> Data:
+def load_data(settings: TrainConfig, shape: dict, saved: dict | None, corpus, ready=None) -> Data:
     """Text -> tokenizer (the checkpoint's, or one that is ready) -> ids on disk -> windows."""
     n_bytes = corpus.train.n_bytes
     say(f"data       {settings.data}: {corpus.how}; {n_bytes / 1e6:.1f} MB to train on")
@@ -397,13 +409,13 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus, re
             f"start a new run with another --out"
         )
     tokenizer = Tokenizer.from_state(saved["tokenizer"]) if saved else ready
-    tokenizer = tokenizer or make_tokenizer(settings, known, corpus)
+    tokenizer = tokenizer or make_tokenizer(settings, shape["vocab_size"], corpus)
     name = hashlib.sha256(json.dumps(tokenizer.state()).encode()).hexdigest()[:12]
     train_ids, val_ids = (
         encode(side, tokenizer, datasets.CACHE / f"{corpus.key}-{name}-{of}.ids", say_in_place)
         for of, side in (("train", corpus.train), ("val", corpus.val))
     )
-    length = known["seq_len"]
+    length = shape["seq_len"]
     if min(len(train_ids), len(val_ids)) < length + 2:
         raise ValueError(
             f"{settings.data} is too short: {len(train_ids)} tokens to train on and {len(val_ids)} "
@@ -426,19 +438,19 @@ def load_data(settings: TrainConfig, known: dict, saved: dict | None, corpus, re
 SAMPLE = 100_000_000  # bytes: a tokenizer learns nothing new from more
 
 
-def make_tokenizer(settings: TrainConfig, known: dict, corpus) -> Tokenizer:
+def make_tokenizer(settings: TrainConfig, vocab_size: int, corpus) -> Tokenizer:
     """Learned from the training text, or remembered from an earlier run on it."""
     if settings.tokenizer == "bytes":
         return Tokenizer([])
     code = hashlib.sha256(Path(bpe.__file__).read_bytes()).hexdigest()[:8]  # an edit: learn anew
-    path = datasets.CACHE / f"{corpus.key}-{known['vocab_size']}-{code}.bpe"
+    path = datasets.CACHE / f"{corpus.key}-{vocab_size}-{code}.bpe"
     if path.exists():
         return Tokenizer.load(path)
     every = math.ceil(corpus.train.n_bytes / SAMPLE)
     if every > 1:
-        say(f"tokenizer  learns from every {every}th document, of {SAMPLE / 1e6:.0f} MB in all")
+        say(f"tokenizer  learns from one document in {every}, {SAMPLE / 1e6:.0f} MB in all")
     sample = itertools.islice(corpus.train, 0, None, every)
-    tokenizer = Tokenizer.train(sample, known["vocab_size"], say_in_place)
+    tokenizer = Tokenizer.train(sample, vocab_size, say_in_place)
     with replacing(path) as file:
         file.write(json.dumps(tokenizer.state()).encode())
     return tokenizer
@@ -455,10 +467,10 @@ def by_source(score: Score, data: Data) -> dict:
     """Columns of the log: bits per byte of each source, if evaluate was given source_of_byte."""
     if data.source_of_byte is None:
         return {}
-    n_bytes = np.bincount(data.source_of_byte, minlength=len(score.bits_of_kind))
-    names = enumerate(data.corpus.sources)
+    n_bytes = np.bincount(data.source_of_byte, minlength=len(data.corpus.sources))
+    names = enumerate(data.corpus.sources)  # of some all texts may be on the side of training
     return {
-        f"val_bpb_{name}": score.bits_of_kind[i] / n_bytes[i] for i, name in names if n_bytes[i]
+        f"val_bpb_{name}": score.bits_of_label[i] / n_bytes[i] for i, name in names if n_bytes[i]
     }
 
 
@@ -471,9 +483,10 @@ def device_and_preset(given: dict) -> tuple[str, str]:
 
 
 def settle(given: dict, saved: dict | None, corpus, init=None) -> tuple[TrainConfig, dict]:
-    """Settings, and fields of lamoe.Config: by flag, else by the text's size, else by preset.
+    """Settings, and fields of lamoe.Config: by flag, else preset, else the text's size, or default.
 
-    init: the Config of the model to start from; flags can't change what its weights depend on.
+    init: the Config of the model to start from; it and TUNE come right after the flags, and flags
+    can't change what its weights depend on.
     """
     if saved:
         settled = {**saved["config"], **saved["train_config"], **saved["given"]}
@@ -490,19 +503,18 @@ def settle(given: dict, saved: dict | None, corpus, init=None) -> tuple[TrainCon
         return settings, saved["config"]
     device, preset = device_and_preset(given)
     by_text = next(suits for limit, suits in TEXTS if corpus.train.n_bytes < limit)
-    flags = {name: value for name, value in given.items() if (name, value) != ("steps", 0)}
-    known = {**by_text, **PRESETS[preset], **flags}
+    chosen = {**by_text, **PRESETS[preset], **given}
     if init:
-        known = {**known, **TUNE, **fit(init, known["seq_len"], flags), **flags}
-    settings = fill(TrainConfig, {**known, "device": device, "preset": preset})
+        chosen = {**chosen, **TUNE, **fit(init, chosen["seq_len"], given), **given}
+    settings = fill(TrainConfig, {**chosen, "device": device, "preset": preset})
     settings.dtype = pick_dtype(settings.dtype, device)
-    fields = {f.name for f in dataclasses.fields(lamoe.Config)}
-    known = {name: value for name, value in known.items() if name in fields}
-    check_memory(lamoe.Config(**known))  # mistakes, before any work is done
-    return settings, known
+    config = fill(lamoe.Config, chosen)
+    check_memory(config)  # mistakes, before any work is done
+    return settings, dataclasses.asdict(config)
 
 
-FREE = ("seq_len", "balance_weight", "z_weight", "jitter", "capacity_factor", "bias_rate")
+FREE = "seq_len dropout balance_weight z_weight capacity_factor eval_capacity_factor jitter".split()
+FREE += ["bias_rate", "sequence_weight"]  # no weight depends on these
 
 
 def fit(init: lamoe.Config, seq_len: int, flags: dict) -> dict:
@@ -659,7 +671,7 @@ def usable_checkpoint(folder: Path) -> dict | None:
         types = {"given": dict, "train_config": dict, "tokenizer": dict, "text": str, "meter": list}
         types |= {"optimizers": list, "rng": torch.Tensor, "done": dict}
         wrong = [name for name, kind in types.items() if not isinstance(saved.get(name), kind)]
-        if wrong := wrong + sorted(DONE.keys() - saved.get("done", {}).keys()):
+        if wrong := wrong or sorted(DONE.keys() - saved["done"].keys()):
             raise ValueError(f"{path} lacks {wrong}")
         lamoe.build(saved, path)  # config, weights and tokenizer fit this version
         if saved["train_config"].keys() != {f.name for f in dataclasses.fields(TrainConfig)}:
@@ -701,7 +713,8 @@ def join(device: str) -> None:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    hours = datetime.timedelta(hours=3)  # the others wait while rank 0 reads a large text
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=hours)
 
 
 def is_sharded(name: str) -> bool:
@@ -795,6 +808,7 @@ def same_on_all(choose):
 
 @contextlib.contextmanager
 def rank_0_first():
+    """Rank 0 runs the block first; the others wait for it, and then run it, too."""
     if RANKS.rank > 0:
         dist.barrier()
     try:
@@ -808,13 +822,6 @@ def on_any_rank(flag: bool) -> bool:
     flags = [None] * RANKS.world
     dist.all_gather_object(flags, flag)
     return any(flags)
-
-
-def mean_of_ranks(x: torch.Tensor) -> torch.Tensor:
-    if RANKS.world > 1:
-        dist.all_reduce(x)
-        x /= RANKS.world
-    return x
 
 
 # --- 7. The loop ----------------------------------------------------------------------------------
@@ -838,7 +845,7 @@ class Meter:
 
     def row(self) -> dict:
         """Columns of the log; a dense model has no load."""
-        n, loss, aux, dropped, grad_norm = mean_of_ranks(self.scalars.clone()).tolist()
+        n, loss, aux, dropped, grad_norm = lamoe.global_mean(self.scalars).tolist()
         row = {"train_loss": loss / n, "aux": aux / n, "dropped": dropped / n}
         row["grad_norm"] = grad_norm
         if self.load.numel():
@@ -891,7 +898,7 @@ def update(
         del out  # the logits, before the optimizer needs memory
     average_whole(parallel)
     meter.scalars[4] = norm = clip(parallel.parameters(), settings.clip)
-    meter.scalars[1] += 0 * norm  # 0, or nan until the row in which it is reported
+    meter.scalars[1] += 0 * norm  # 0, or nan: then the next row of the log shows it
     if settings.device == "cpu" and not meter.scalars[1].isfinite():
         return False
     for optimizer in optimizers:
@@ -907,7 +914,8 @@ def compile_blocks(model, parallel, batches: Batches, settings: TrainConfig) -> 
         return
     started, (inputs, targets) = time.perf_counter(), batches(0, settings.device)
     with autocast(settings):
-        if not lamoe.can_capture(model, inputs):
+        rows = torch.empty(0, device=settings.device, dtype=lamoe.compute_dtype(model.embed.weight))
+        if model.config.n_experts > 1 and not lamoe.has_grouped_mm(rows):
             return say(
                 "compile    experts need bf16 on an NVIDIA card from Ampere on: not compiled"
             )
@@ -933,20 +941,23 @@ def train(given: dict, resume: bool) -> None:
     join(lamoe.pick_device(given.get("device", "auto")))
     folder = same_on_all(lambda: old_folder(given) if resume else new_folder(given))
     resume = same_on_all(lambda: resume and folder.is_dir())
-    held = logs.lock(folder) if resume and RANKS.rank == 0 else None
+    held = logs.lock(folder) if resume and RANKS.rank == 0 else None  # as long as it stays open
     saved = usable_checkpoint(folder) if resume else None
     if resume and not saved:
         begin_again(folder, given)
     presets = PRESETS[device_and_preset(given)[1]]
+    # What reading the data asks for; its size can then settle the rest.
     asked = saved["train_config"] if saved else {**vars(TrainConfig()), **presets, **given}
     tracker = logs.Tracker(asked["track"] if RANKS.rank == 0 else "")
     with rank_0_first():  # it makes the files that the others then find
         size = asked["draw_mb"] * 10**6
         corpus = datasets.read(asked["data"], asked["text_column"], size, say_in_place)
-        init, ready = load_init(given.get("init")) if not saved else (None, None)
-        settings, known = settle(given, saved, corpus, init and init.config)
-        data = load_data(settings, known, saved, corpus, ready)
-    config = lamoe.Config(**{**known, "vocab_size": data.tokenizer.vocab_size})
+        init, ready = load_init(None if saved else given.get("init"))
+        settings, shape = settle(given, saved, corpus, init and init.config)
+        data = load_data(settings, shape, saved, corpus, ready)
+    if RANKS.world > 1 and settings.device == "cpu" and dist.get_backend() == "nccl":
+        raise ValueError("this run was on the CPU; go on there with --device cpu")
+    config = lamoe.Config(**{**shape, "vocab_size": data.tokenizer.vocab_size})
     torch.manual_seed(settings.seed)
     model, done = lamoe.LaMoE(config), dict(DONE)
     if saved or init:
@@ -958,7 +969,10 @@ def train(given: dict, resume: bool) -> None:
         done = restore(saved, optimizers, meter, folder)
         say(f"resume     {folder} at step {done['step']} of {settings.steps}")
         if done["step"] >= settings.steps:
-            return say(f"           it is finished; try: python sample.py --model {folder}/best.pt")
+            say(f"           it is finished; try: python sample.py --model {folder}/best.pt")
+            if RANKS.rank == 0 and (folder / "best.pt").exists():  # it may not have come to that
+                close(folder, settings, data, done)
+            return
         given = saved["given"]
     tracker.start(dataclasses.asdict(settings) | dataclasses.asdict(config), folder, done)
     if RANKS.rank > 0:  # noise of its own
@@ -972,9 +986,9 @@ def train(given: dict, resume: bool) -> None:
             set_aside(folder)
     introduce(model, settings, data, folder)
     keep_freed_memory()
-    compile_blocks(model, parallel, data.batches, settings)
     run = Run(folder, parallel, model, optimizers, meter, data, settings, given, done, tracker)
     try:
+        compile_blocks(model, parallel, data.batches, settings)
         with stop_on_signals() as stop:
             loop(run, stop)
     except (RuntimeError, MemoryError) as error:
@@ -984,7 +998,8 @@ def train(given: dict, resume: bool) -> None:
     if done["step"] < settings.steps:
         say(f"\nstopped and saved at step {done['step']}; go on:")
         say(f"           python train.py --resume --out {folder}")
-        sys.exit(128 + stop[0])  # as a shell has it: 130 after Ctrl-C, 143 after SIGTERM
+        # As a shell has it: 130 after Ctrl-C, 143 after SIGTERM, of this rank or of another.
+        sys.exit(128 + (stop or [signal.SIGINT])[0])
     if RANKS.rank == 0:
         close(folder, settings, data, done)
         tracker.end(folder)
@@ -1013,7 +1028,7 @@ def loop(run: Run, stop: list) -> None:
     """Steps until all are done, or `stop` has something in it."""
     settings, meter, data, done = run.settings, run.meter, run.data, run.done
     tables, usual, stopping = open_logs(run), None, False
-    row_step, row_seconds = done["step"], done["seconds"]
+    before = dict(done)  # at the last row of the log
     while done["step"] < settings.steps and not stopping:
         started, step = time.perf_counter(), done["step"] + 1
         if not update(run.parallel, run.optimizers, data.batches, meter, settings, step - 1):
@@ -1042,10 +1057,10 @@ def loop(run: Run, stop: list) -> None:
             save(run, "best.pt")
         if evaluating or logging:
             tokens = settings.batch_size * settings.grad_accum * data.batches.length
-            seconds, row_seconds = done["seconds"] - row_seconds, done["seconds"]
             row |= {"tokens": step * tokens, "lr": schedule(step - 1, settings) * settings.lr}
-            row |= {"tokens_per_s": (step - row_step) * tokens / seconds, "seconds": row_seconds}
-            row_step = step
+            seconds, tokens = done["seconds"] - before["seconds"], (step - before["step"]) * tokens
+            row |= {"tokens_per_s": tokens / seconds, "seconds": done["seconds"]}
+            before = dict(done)
             report(run, row, tables)
             usual = watch(row, usual, settings)
             meter.reset()
@@ -1078,7 +1093,7 @@ def open_logs(run: Run) -> tuple | None:
 
 
 def watch(row: dict, usual: float | None, settings: TrainConfig) -> float:
-    """Says so if a row's loss is far above the usual one; returns that of the next row."""
+    """Says so if a row's loss is far above the usual one; returns the new usual: a running mean."""
     loss, usual = row["train_loss"], row["train_loss"] if usual is None else usual
     if loss > 1.5 * usual and loss > usual + 0.5:
         say(
@@ -1230,8 +1245,8 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
     labels = data.source_of_byte if kinds is None else kinds
     alone, ids = Ranks(), data.val_ids
     score = evaluate(model, ids, data.spans, tokenizer, settings, labels, alone)
-    cut = np.arange(0, len(data.val_ids) - 1, data.batches.length)
-    cut = np.stack([cut, np.append(cut[1:], len(data.val_ids) - 1)], axis=1)
+    edges = np.append(np.arange(0, len(ids) - 1, data.batches.length), len(ids) - 1)
+    cut = np.stack([edges[:-1], edges[1:]], axis=1)
     anywhere = evaluate(model, ids, cut, tokenizer, settings, None, alone).bits_per_byte
     say("")
     say(
@@ -1241,7 +1256,7 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
     if shares := by_source(score, data):
         say("by source  " + "  ".join(f"{k[8:]} {v:.4f}" for k, v in shares.items()))
     if floor:
-        gap = (score.bits_of_kind - data.corpus.floor_bits) / data.corpus.floor_bits.sum()
+        gap = (score.bits_of_label - data.corpus.floor_bits) / data.corpus.floor_bits.sum()
         rest, choice, recall = 100 * gap
         above = 100 * (score.bits_per_byte / floor - 1)
         say(
@@ -1250,7 +1265,7 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
         )
         at = datasets.KINDS.index("recall")
         mentions = np.count_nonzero(np.diff((kinds == at).astype(int)) == 1)
-        bits = score.bits_of_kind[at] / mentions
+        bits = score.bits_of_label[at] / mentions
         say(f"           a name or thing to be recalled costs {bits:.3f} bits")
     opening = "Once, upon a time" if settings.data == "stories" else "\n"
     if model.config.eval_capacity_factor is None:  # else there is no generating: see lamoe.forward
@@ -1272,7 +1287,7 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
     say(f"next       python sample.py {prompt}--model {folder}/best.pt")
 
 
-GO_ON = "then the same command with --resume goes on"
+GO_ON = "then the same command goes on, with --resume once it has trained"
 REMEDIES = {  # what the system says, and what to do
     errno.ENOSPC: f"; make room, {GO_ON}",
     errno.EDQUOT: f"; make room, {GO_ON}",
@@ -1289,6 +1304,9 @@ def main() -> None:
     try:
         given = vars(parse())
         resume, runs = given.pop("resume"), given.pop("plot")
+        for name in ("steps", "draw_mb"):  # 0: by preset, as if not given
+            if given.get(name) == 0:
+                del given[name]
         if runs:
             return say(f"picture    {logs.plot(runs, given.get('out', ''))}")
         train(given, resume)

@@ -29,7 +29,7 @@ def first_free(path: str | Path) -> Path:
 
 
 class Log:
-    """A csv of the run; on resume, rows after `step` and a torn one go.
+    """A csv of the run; on resume, rows after `step` and a torn one are removed.
 
     Opened anew for each row: an editor that saves the file puts another one in its place.
     """
@@ -65,8 +65,8 @@ def rows_until(step: int, path: Path) -> list[dict]:
     rows = []
     try:
         for row in csv_rows(path):
-            if None in row.values() or int(row["step"]) > step:
-                break  # None: a row that is too short
+            if None in row.values() or int(row["step"]) > step:  # None: it is too short
+                break
             rows.append(row)
     except (KeyError, TypeError, ValueError, csv.Error):
         copy = first_free(f"{path}.old")
@@ -130,7 +130,10 @@ def draw(folder: Path, floor: float | None) -> Path:
 
 
 def bits_per_byte(rows: list[dict]) -> tuple:
-    """Steps and training loss of all rows, rows with a validation, their loss; in bits a byte."""
+    """Steps and training loss of all rows, rows with a validation, their loss; in bits a byte.
+
+    The log has the training loss in nats a token: it is converted as that of the last validation.
+    """
     scored = [row for row in rows if row["val_loss"]]
     per_nat = float(scored[-1]["val_bits_per_byte"]) / float(scored[-1]["val_loss"])
     train = [float(row["train_loss"]) * per_nat for row in rows]
@@ -159,6 +162,7 @@ def draw_loads(figure, axes, loads: list[dict]) -> None:
     figure.colorbar(mesh, ax=axes, extend="max", label="1 is an equal share", pad=0.01)
 
 
+AXES = ("step", "seconds")
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito's
 
 
@@ -168,19 +172,24 @@ def plot(runs: list[str], out: str) -> Path:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     top = 0.0
     for i, run in enumerate(runs):
-        rows = read_csv(Path(run) / "log.csv")
-        if not any(row["val_loss"] for row in rows):
-            raise ValueError(f"{run} has no evaluation in its log.csv; name the folder of a run")
-        _, train, scored, val = bits_per_byte(rows)
+        try:
+            rows = read_csv(Path(run) / "log.csv")
+            if not any(row["val_loss"] for row in rows):
+                raise ValueError("no evaluation in it")
+            _, train, scored, val = bits_per_byte(rows)
+            xs = {x: [[float(r[x]) for r in of] for of in (rows, scored)] for x in AXES}
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise ValueError(f"{run}/log.csv: {error}; name the folder of a run") from None
         top = max(top, 1.6 * min(val))
         style = {"color": COLOURS[i % len(COLOURS)], "marker": "osD^vPX"[i % 7]}
-        for ax, x in zip(axes, ("step", "seconds"), strict=True):
-            ax.plot([float(row[x]) for row in rows], train, color=style["color"], alpha=0.3, lw=1)
-            ax.plot([float(row[x]) for row in scored], val, label=f"{run}: {min(val):.3f}", **style)
-            ax.set(xlabel=x, ylim=(0, top))
+        for ax, (name, (all_x, scored_x)) in zip(axes, xs.items(), strict=True):
+            ax.plot(all_x, train, color=style["color"], alpha=0.3, lw=1)
+            ax.plot(scored_x, val, label=f"{run}: {min(val):.3f}", **style)
+            ax.set(xlabel=name, ylim=(0, top))
     axes[0].set(ylabel="bits per byte")
     axes[0].legend(title="validation, at its best (pale: training)")
     path = Path(out or "plot.png")
+    path = path if path.suffix else path.with_suffix(".png")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
@@ -252,7 +261,10 @@ class Tracker:
 
 
 def lock(folder: Path):
-    """An open file that holds the folder for this process; the lock dies with the process."""
+    """An open file that holds the folder for this process; the lock dies with the process.
+
+    Some network file systems have no locks: there nothing is held.
+    """
     file = open(folder / "lock", "w")  # noqa: SIM115 - held as long as the run
     try:
         if os.name == "posix":
@@ -263,8 +275,9 @@ def lock(folder: Path):
             import msvcrt
 
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError:
-        raise ValueError(
-            f"{folder} is in use by another training run; wait for it, or choose another --out"
-        ) from None
+    except OSError as error:
+        if os.name != "posix" or isinstance(error, BlockingIOError):
+            raise ValueError(
+                f"{folder} is in use by another training run; wait for it, or choose another --out"
+            ) from None
     return file

@@ -95,12 +95,17 @@ class replacing:
 def lock(file, wait: bool) -> None:
     """Locks an open file until it is closed; without waiting, OSError if another process has.
 
-    Windows needs none here: an open file can't be removed there.
+    Windows needs none here: an open file can't be removed there. On a file system without locks a
+    writer goes on without one, and nobody takes away what others may be writing.
     """
     if os.name == "posix":
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            if not wait:
+                raise
 
 
 def remove_leftovers(cache: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_loss_by_source_is_the_loss_on_its_documents_alone():
     corpus = datasets.read(MIXTURE)
     tokenizer = Tokenizer.train(corpus.train, 300)
     settings = train.TrainConfig(device="cpu", dtype="fp32", tokenizer="bytes")
-    data = train.load_data(settings, {"seq_len": 16}, None, corpus)
+    data = train.load_data(settings, {"seq_len": 16, "vocab_size": 0}, None, corpus)
     tokenizer, config = data.tokenizer, small_config(vocab_size=257)
     model = random_model(config)
 
@@ -74,6 +74,13 @@ def test_the_loss_by_source_is_the_loss_on_its_documents_alone():
     total = np.bincount(data.source_of_byte) @ list(together.values())
     everything = score(data.val_ids).bits_per_byte
     assert total / len(data.source_of_byte) == pytest.approx(everything, rel=1e-9)
+
+
+def test_a_source_without_validation_text_has_no_column():
+    score = train.Score(1.0, 1.0, np.array([8.0, 4.0, 0.0]))
+    corpus = datasets.Corpus("x", "", "", list("abcde"), None, None)
+    data = train.Data(None, None, corpus, None, None, None, np.array([0, 0, 1, 1]))
+    assert train.by_source(score, data) == {"val_bpb_a": 4.0, "val_bpb_b": 2.0}
 
 
 def test_a_mixture_logs_and_shows_the_loss_of_each_source(capsys):
@@ -149,7 +156,7 @@ def test_a_large_text_teaches_the_tokenizer_by_a_part_of_it_and_says_so(monkeypa
     assert start("other", "--steps 1 --tokenizer bpe --vocab_size 290", data="mixed") == 0
     assert len(learned) == 2
     n = sum(len(text.encode()) for text in learned[0])
-    assert 300 < n < 700 and "every" in capsys.readouterr().out
+    assert 300 < n < 700 and "one document in" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------
@@ -222,7 +229,13 @@ def test_plot_of_what_is_no_run_is_one_line(pyplot, capsys):
         assert call(train, "--plot", run) == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and run in message and "folder of a run" in message
+    Path("empty/log.csv").write_text("step,val_loss,val_bits_per_byte\n1,2,x\n")
+    assert call(train, "--plot", "empty") == 2
+    assert "folder of a run" in capsys.readouterr().err
     assert not Path("plot.png").exists()
+    start("run", "--steps 4")
+    assert call(train, "--plot", "run", "--out", "one") == 0
+    assert "one.png" in capsys.readouterr().out and Path("one.png").exists()
 
 
 def test_without_matplotlib_the_loss_is_a_line_of_text(capsys):

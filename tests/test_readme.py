@@ -56,6 +56,7 @@ def library(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(datasets, "CACHE", folder / "cache")
+        patch.setitem(sys.modules, "matplotlib", None)  # it takes longer than the training
         for run in ("runs/stories", "runs/A", "runs/B"):
             flags = [*TINY, "--seq_len", 64, "--steps", 2]
             assert call(train, "--data", "book.txt", "--out", run, *flags) == 0
@@ -67,6 +68,7 @@ def workplace(library, cache, monkeypatch):
     monkeypatch.chdir(library)
     monkeypatch.setattr(datasets, "CACHE", library / "cache")  # a text is drawn once for all
     monkeypatch.setattr(datasets, "SETS", library / "sets")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     return library
 
 
@@ -86,9 +88,9 @@ def shortened(arguments: list[str]) -> list[str]:
     return short
 
 
-def run(program, arguments, monkeypatch):
+def run(program, arguments, monkeypatch, request):
     if program is train and "--plot" in arguments:
-        pytest.importorskip("matplotlib")
+        request.getfixturevalue("pyplot")
     elif program is train and "--resume" in arguments:
         arguments = ["--resume", "--out", "runs/stories"]
     elif program is train and "--init" in arguments:
@@ -111,7 +113,7 @@ def is_exported(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_readme_command_runs(command, workplace, monkeypatch, capfd):
+def test_every_readme_command_runs(command, workplace, monkeypatch, request):
     words = shlex.split(command)
     if words[0] == "torchrun":  # by two ranks: tests/test_ranks.py; here: the flags are known
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
@@ -148,4 +150,4 @@ def test_every_readme_command_runs(command, workplace, monkeypatch, capfd):
                 is_exported(folder)
             pytest.importorskip("safetensors")
             words = [str(folder) if word == "FOLDER" else word for word in words]
-        run(program, words[2:], monkeypatch)
+        run(program, words[2:], monkeypatch, request)

@@ -1,5 +1,6 @@
 """Nothing is lost, nothing is executed: a little of each campaign of tests/torture.py."""
 
+import errno
 import math
 import os
 import random
@@ -16,6 +17,7 @@ from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
 import lamoe
 import train
 from data import logs
+from data.tokens import replacing
 
 if sys.platform != "linux":
     pytest.skip("forks, /proc and signals of Linux", allow_module_level=True)
@@ -288,11 +290,27 @@ def test_on_a_gpu_it_stays_in_the_meter_until_the_row_that_reports_it():
     "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError()], ids=type
 )
 def test_out_of_memory_names_the_halves(error, workplace, capsys):
-    with mock.patch.object(train, "update", side_effect=error):
-        assert start("--steps", "2", "--grad_accum", "3") == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "--batch_size 2 --grad_accum 6" in message
+    for place in ("compile_blocks", "update"):  # where a GPU first, and where a CPU may
+        with mock.patch.object(train, place, side_effect=error):
+            assert start("--steps", "2", "--grad_accum", "3", "--out", place) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and "--batch_size 2 --grad_accum 6" in message
     assert start("--steps", "2", *"--batch_size 2 --grad_accum 6 --out other".split()) == 0
+
+
+def test_a_folder_is_held_by_one_run_and_a_file_system_without_locks_is_no_hindrance(tmp_path):
+    import fcntl
+
+    held = train.logs.lock(tmp_path)
+    with pytest.raises(ValueError, match="in use by another"):
+        train.logs.lock(tmp_path)
+    held.close()
+    without = OSError(errno.ENOLCK, "No locks available")
+    with mock.patch.object(fcntl, "flock", side_effect=without):
+        train.logs.lock(tmp_path).close()
+        with replacing(tmp_path / "file") as file:
+            file.write(b"whole")
+    assert (tmp_path / "file").read_bytes() == b"whole"
 
 
 def test_a_spike_of_the_loss_is_said():

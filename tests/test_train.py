@@ -167,6 +167,9 @@ def test_resume_of_a_finished_run_says_so_and_changes_nothing(capsys):
     assert resume("run") == 0
     printed = capsys.readouterr().out
     assert "finished" in printed and "sample.py" in printed
+    assert (
+        "best       " in printed and "sample     " in printed
+    )  # should it have been cut off there
     assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
 
 
@@ -449,9 +452,9 @@ def test_evaluation_equals_a_naive_loop_token_by_token(length):
     for token, cost in zip(ids[1:].tolist(), nats, strict=True):
         last_byte += len(tokenizer.decode_bytes([token]))
         by_kind[kinds[last_byte]] += cost / math.log(2)
-    assert score.bits_of_kind == pytest.approx(by_kind, rel=1e-5)
-    assert score.bits_of_kind.sum() == pytest.approx(score.bits_per_byte * n_bytes, rel=1e-9)
-    assert train.evaluate(model, ids, spans, tokenizer, SETTINGS).bits_of_kind is None
+    assert score.bits_of_label == pytest.approx(by_kind, rel=1e-5)
+    assert score.bits_of_label.sum() == pytest.approx(score.bits_per_byte * n_bytes, rel=1e-9)
+    assert train.evaluate(model, ids, spans, tokenizer, SETTINGS).bits_of_label is None
 
 
 def test_evaluation_leaves_the_model_as_it_was_and_repeats_itself():
@@ -769,6 +772,24 @@ def test_without_a_compiler_training_goes_on(capsys, monkeypatch):
     assert losses[0] == losses[1]
 
 
-def test_experts_on_a_cpu_are_not_compiled(capsys):
-    start("run", "--steps 2 --compile")
+@pytest.mark.parametrize("rows", [4, 1])
+def test_experts_on_a_cpu_are_not_compiled(rows, capsys):
+    assert start("run", "--steps 2 --compile --batch_size", rows) == 0
     assert "not compiled" in capsys.readouterr().out
+
+
+def test_zero_is_by_preset_and_the_help_tells_what_a_run_has(capsys):
+    with mock.patch.object(train, "train") as begin:
+        assert call(train, "--steps", 0, "--draw_mb", 0, "--seed", 0) == 0
+    assert begin.call_args.args == ({"seed": 0}, False)
+    assert call(train, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for flag, default in (("qk_norm", "True"), ("seq_len", "by the text"), ("steps", "850")):
+        assert re.search(
+            rf"--{flag} [^-]*?\(default: {default}\)|--{flag}, .*?default: {default}", text
+        )
+
+
+def test_a_stop_that_another_rank_was_asked_for_has_an_exit_code(monkeypatch):
+    monkeypatch.setattr(train, "loop", lambda run, stop: None)  # ended, with nothing in stop
+    assert start("run", "--steps 4") == 128 + signal.SIGINT
