@@ -1060,10 +1060,15 @@ class Step:
 
 
 def can_capture(model: LaMoE, ids_BT: Tensor) -> bool:
-    """Whether a step never asks the GPU for a number: not the loop over experts."""
-    rows, dtype = len(ids_BT), compute_dtype(model.embed.weight)
-    grouped = has_grouped_mm(torch.empty(0, device=ids_BT.device, dtype=dtype))
-    return rows == 1 or model.config.n_experts == 1 or grouped
+    """Whether a step never asks the GPU for a number; one token goes by `dispatch_one`."""
+    return len(ids_BT) == 1 or can_compile(model)
+
+
+def can_compile(model: LaMoE) -> bool:
+    """Whether its experts are grouped products, not the loop, which asks how many rows each has."""
+    weight = model.embed.weight
+    rows = torch.empty(0, device=weight.device, dtype=compute_dtype(weight))
+    return model.config.n_experts == 1 or has_grouped_mm(rows)
 
 
 def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:

@@ -166,20 +166,24 @@ class Ranks(typing.NamedTuple):
 RANKS = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 # --- 2. Data: one flat array of ids -> windows -> batches -----------------------------------------
-
-
 # Ids are those of <|endoftext|> (eot), a document, eot, a document, ..., eot.
 
 
-def windows(tokens: np.ndarray, eot: int, length: int) -> np.ndarray:
+def windows(
+    tokens: np.ndarray, eot: int, length: int, documents: array | None = None
+) -> np.ndarray:
     """(start, next start) of windows of `length` positions that begin at a document where they can.
 
     The next window begins at the last document that starts inside this one, else where it ends. A
     start in mid-story would ask the model for names it was never told. Between a window's start and
     the next one's, each token is met exactly once: the span that evaluation scores.
+
+    documents: where they start, if that is known already.
     """
-    documents, last = document_starts(tokens[:-1], eot), len(tokens) - 1
-    documents.append(last + length)  # beyond every window
+    if documents is None:
+        documents = document_starts(tokens[:-1], eot)
+    last = len(tokens) - 1
+    documents = documents + array("q", [last + length])  # one beyond every window
     starts, i = array("q", [0]), 0  # documents[i]: the last one that starts inside the window
     while (start := starts[-1]) < last:
         while documents[i + 1] <= start + length:
@@ -215,8 +219,9 @@ class Batches:
             )
         self.rows = range(RANKS.rank, size, RANKS.world)  # those of this process
         last = len(tokens) - 1 - length  # the text's last window moves back to be full
-        self.starts = np.unique(np.minimum(windows(tokens, eot, length)[:, 0], last))
-        documents = np.frombuffer(document_starts(tokens, eot), np.int64)
+        documents = document_starts(tokens[:-1], eot)  # a pass over the whole text
+        starts = windows(tokens, eot, length, documents)[:, 0]
+        self.starts = np.unique(np.minimum(starts, last))
         self.is_cut = ~np.isin(self.starts, documents)  # begins where the one before ended
         self.epoch, self.order = -1, None
 
@@ -914,8 +919,7 @@ def compile_blocks(model, parallel, batches: Batches, settings: TrainConfig) -> 
         return
     started, (inputs, targets) = time.perf_counter(), batches(0, settings.device)
     with autocast(settings):
-        rows = torch.empty(0, device=settings.device, dtype=lamoe.compute_dtype(model.embed.weight))
-        if model.config.n_experts > 1 and not lamoe.has_grouped_mm(rows):
+        if not lamoe.can_compile(model):
             return say(
                 "compile    experts need bf16 on an NVIDIA card from Ampere on: not compiled"
             )

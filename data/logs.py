@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tokens import replacing
+from data import tokens
 
 
 def say(text: str) -> None:
@@ -40,7 +40,7 @@ class Log:
         writer = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows_until(step, path) if step else [])
-        with replacing(path) as file:
+        with tokens.replacing(path) as file:
             file.write(text.getvalue().encode())
 
     def write(self, *rows: dict) -> None:
@@ -268,9 +268,7 @@ def lock(folder: Path):
     file = open(folder / "lock", "w")  # noqa: SIM115 - held as long as the run
     try:
         if os.name == "posix":
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            tokens.lock(file, wait=False)
         else:
             import msvcrt
 

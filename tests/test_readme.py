@@ -43,7 +43,7 @@ def test_the_readme_holds_all_that_can_be_done():
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """A folder with texts under the README's names, a finished run, and an exported model."""
+    """A folder with texts and finished runs under the README's names."""
     folder = tmp_path_factory.mktemp("library")
     for i, name in enumerate(("book.txt", "my_folder/a/b.md", "news.txt", "plays.txt")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -76,13 +76,11 @@ SHORT = [*TINY, "--steps", "2", "--draw_mb", "1", "--log_every", "1", "--grad_ac
 
 
 def shortened(arguments: list[str]) -> list[str]:
-    """The same flags with the last word of ours, a new folder, and none that needs an extra."""
-    asked = [{"S": "3"}.get(word, word) for word in arguments]
-    if "--router" in asked and "switch" in asked:
-        asked += ["--top_k", "1"]
+    """The same flags and then ours, which win, but for those that the command itself is about."""
+    asked = ["3" if word == "S" else word for word in arguments]
     short = [*asked, *SHORT]
     kept = ["--n_experts"] if {"--n_experts", "--top_k"} & {*asked} else []
-    for flag in [*kept, *({"--top_k", "--tokenizer"} & {*asked})]:  # what the command is about
+    for flag in [*kept, *({"--top_k", "--tokenizer"} & {*asked})]:
         at = len(asked) + short[len(asked) :].index(flag)
         del short[at : at + 2]
     return short
@@ -106,10 +104,14 @@ def run(program, arguments, monkeypatch, request):
     assert call(program, *arguments) == 0
 
 
-def is_exported(folder: Path) -> None:
+@pytest.fixture
+def exported(workplace):
+    """A Hugging Face folder."""
     pytest.importorskip("safetensors")
+    folder = workplace / "exported"
     if not folder.exists():
         assert call(lamoe, "export", "runs/stories/best.pt", folder) == 0
+    return folder
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -131,8 +133,7 @@ def test_every_readme_command_runs(command, workplace, monkeypatch, request):
     elif words[1] == "data/stories.py":
         target = words.index(">") if ">" in words else len(words)
         options = ["2" if words[i - 1] == "--n" else word for i, word in enumerate(words)]
-        options = ["plays" if word == "$g" else word for word in options[2:target]]
-        stories.main(options)
+        stories.main(options[2:target])
     elif words[1] == "data/datasets.py":
         names = [word for word in words[2:] if not word.startswith("--")][:1]
         assert all(name in datasets.download.SETS for name in names)
@@ -144,10 +145,8 @@ def test_every_readme_command_runs(command, workplace, monkeypatch, request):
         program = {"train.py": train, "sample.py": sample, "lamoe.py": lamoe, "bpe.py": bpe}[
             words[1]
         ]
-        if "FOLDER" in words or program is lamoe:
-            folder = workplace / ("new" if program is lamoe else "exported")
-            if program is not lamoe:
-                is_exported(folder)
-            pytest.importorskip("safetensors")
+        if "FOLDER" in words:
+            folder = request.getfixturevalue("exported")
+            folder = folder.with_name("new") if program is lamoe else folder
             words = [str(folder) if word == "FOLDER" else word for word in words]
         run(program, words[2:], monkeypatch, request)

@@ -301,13 +301,13 @@ def test_out_of_memory_names_the_halves(error, workplace, capsys):
 def test_a_folder_is_held_by_one_run_and_a_file_system_without_locks_is_no_hindrance(tmp_path):
     import fcntl
 
-    held = train.logs.lock(tmp_path)
+    held = logs.lock(tmp_path)
     with pytest.raises(ValueError, match="in use by another"):
-        train.logs.lock(tmp_path)
+        logs.lock(tmp_path)
     held.close()
     without = OSError(errno.ENOLCK, "No locks available")
     with mock.patch.object(fcntl, "flock", side_effect=without):
-        train.logs.lock(tmp_path).close()
+        logs.lock(tmp_path).close()
         with replacing(tmp_path / "file") as file:
             file.write(b"whole")
     assert (tmp_path / "file").read_bytes() == b"whole"
