@@ -1279,12 +1279,14 @@ def close(folder: Path, settings: TrainConfig, data: Data, done: dict) -> None:
         new = model.generate(ids, 150, 0.8, min_p=0.02, stop=tokenizer.eot, generator=generator)
         text = tokenizer.decode([token.item() for token in new])
         say(f"sample     {opening}{text.partition('<|endoftext|>')[0]}")
+    bits = []
     try:
-        say(f"picture    {logs.draw(folder, floor)}")
-    except ValueError as error:
         _, bits, _, _ = logs.bits_per_byte(logs.read_csv(folder / "log.csv"))
-        line = logs.sparkline(bits)
-        say(f"loss       {line} {bits[0]:.2f} to {bits[-1]:.2f} bits/byte in training")
+        say(f"picture    {logs.draw(folder, floor)}")
+    except ValueError as error:  # no matplotlib, or a log that lost its rows
+        if bits:
+            line = logs.sparkline(bits)
+            say(f"loss       {line} {bits[0]:.2f} to {bits[-1]:.2f} bits/byte in training")
         say(f"picture    none: {error}")
     say(f"log        {folder}/log.csv")
     prompt = f'"{opening}" ' if opening.strip() else ""

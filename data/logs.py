@@ -101,14 +101,14 @@ def import_pyplot():
 
 def draw(folder: Path, floor: float | None) -> Path:
     """loss.png from log.csv and load.csv."""
-    pyplot = import_pyplot()
     rows, loads = read_csv(folder / "log.csv"), read_csv(folder / "load.csv")
+    steps, train, scored, val = bits_per_byte(rows)
+    pyplot = import_pyplot()
     lines = len(loads) * (len(loads[0]) - 2) // len(rows) if loads else 0  # layers x experts
     heights = [3.6, min(6.0, 1.2 + 0.12 * lines)] if loads else [3.6]
     figure = pyplot.figure(figsize=(10, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     left, right = (figure.add_subplot(grid[0, i]) for i in (0, 1))
-    steps, train, scored, val = bits_per_byte(rows)
     left.plot(steps, train, color="0.6", linewidth=1, label="training")
     left.plot([int(row["step"]) for row in scored], val, "o-", color="C0", label="validation")
     if floor is not None:
@@ -133,8 +133,11 @@ def bits_per_byte(rows: list[dict]) -> tuple:
     """Steps and training loss of all rows, rows with a validation, their loss; in bits a byte.
 
     The log has the training loss in nats a token: it is converted as that of the last validation.
+    ValueError without one: a log may have lost its rows, and its run goes on.
     """
     scored = [row for row in rows if row["val_loss"]]
+    if not scored:
+        raise ValueError("no evaluation in the log")
     per_nat = float(scored[-1]["val_bits_per_byte"]) / float(scored[-1]["val_loss"])
     train = [float(row["train_loss"]) * per_nat for row in rows]
     val = [float(row["val_bits_per_byte"]) for row in scored]
@@ -174,8 +177,6 @@ def plot(runs: list[str], out: str) -> Path:
     for i, run in enumerate(runs):
         try:
             rows = read_csv(Path(run) / "log.csv")
-            if not any(row["val_loss"] for row in rows):
-                raise ValueError("no evaluation in it")
             _, train, scored, val = bits_per_byte(rows)
             xs = {x: [[float(r[x]) for r in of] for of in (rows, scored)] for x in AXES}
         except (KeyError, TypeError, ValueError, csv.Error) as error:

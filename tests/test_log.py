@@ -248,6 +248,18 @@ def test_without_matplotlib_the_loss_is_a_line_of_text(capsys):
     assert 'pip install -e ".[plot]"' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_finished_run_whose_log_lost_its_rows_still_ends_as_it_should(drawn, request, capsys):
+    if drawn:
+        request.getfixturevalue("pyplot")
+    start("run", "--steps 4")
+    Path("run/log.csv").write_bytes(bytes(200))  # as after a power cut
+    capsys.readouterr()
+    assert start("run", "--steps 4 --resume") == 0
+    printed = capsys.readouterr().out
+    assert "picture    none: no evaluation in the log" in printed and "next       " in printed
+
+
 def test_the_line_of_text_is_as_high_as_the_values():
     assert logs.sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == "▁▂▃▄▅▆▇█"
     assert logs.sparkline([5.0, 5.0]) == "▁▁"

@@ -333,6 +333,7 @@ class Platter:
 
     def __init__(self, folder: Path, crashes: Path):
         self.folder, self.crashes, self.content = folder.resolve(), crashes.resolve(), {}
+        self.held = {}
         for path in (folder, *folder.rglob("*")):
             if path.is_file():
                 self.content[path.stat().st_ino] = path.read_bytes()
@@ -342,12 +343,22 @@ class Platter:
         return {path: path.stat().st_ino for path in folder.iterdir()}
 
     def __call__(self, n: int, what: str, path) -> None:
+        self.hold()
         for name, state in (("least", self.least()), ("most", self.most())):
             if (state, self.promised) not in self.seen:
                 self.seen.append((state, self.promised))
                 self.write(self.crashes / f"{n:04}-{name}-{self.promised}", state)
         if what == "fsync":
             self.flush(Path(os.readlink(f"/proc/self/fd/{path}")))
+
+    def hold(self) -> None:
+        """Opens each new file: one that is removed keeps its inode, or the next could be given it.
+
+        The next would then be believed to hold what was flushed of the first.
+        """
+        for path in self.folder.rglob("*"):
+            if path.is_file() and (inode := path.stat().st_ino) not in self.held:
+                self.held[inode] = open_raw(path, "rb")
 
     def flush(self, path: Path) -> None:
         if path.is_dir():
