@@ -303,9 +303,9 @@ def evaluate(model, ids, spans, tokenizer, settings, labels=None, ranks=None) ->
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal [2]: no direction of a matrix is learned slowly.
 
-    A Newton-Schulz iteration in bf16 pushes all singular values of the momentum near 1. torch's own
-    Muon does the same matrix by matrix; here those of one shape go through it as one batch, a
-    dozen kernels instead of hundreds.
+    A Newton-Schulz iteration pushes all singular values of the momentum near 1, on a GPU in bf16,
+    which few CPUs have. torch's own Muon does the same matrix by matrix; here those of one shape
+    go through it as one batch, a dozen kernels instead of hundreds.
     """
 
     def __init__(self, matrices, lr: float, weight_decay: float, momentum: float = 0.95):
@@ -325,7 +325,9 @@ class Muon(torch.optim.Optimizer):
                 grads = [weight.grad for weight in weights]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
-                steps = list(orthogonal(torch.stack(ahead).bfloat16()).to(weights[0].dtype))
+                stack = torch.stack(ahead)
+                stack = stack.bfloat16() if stack.is_cuda else stack
+                steps = list(orthogonal(stack).to(weights[0].dtype))
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 rate = group["lr"] * max(1, rows / columns) ** 0.5
                 torch._foreach_add_(weights, steps, alpha=-rate)
