@@ -173,6 +173,18 @@ def test_batched_muon_equals_torchs(shapes, in_bf16, monkeypatch):
         assert torch.allclose(a, b, atol=1e-6 if in_bf16 else 5e-3)
 
 
+def test_muon_takes_each_expert_of_a_stack_as_a_matrix_of_its_own():
+    torch.manual_seed(0)
+    stack = torch.nn.Parameter(torch.randn(3, 8, 4))
+    alone = [torch.nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    stack.grad = torch.randn(3, 8, 4)
+    for matrix, grad in zip(alone, stack.grad, strict=True):
+        matrix.grad = grad.clone()
+    train.Muon([stack], lr=0.02, weight_decay=0.1).step()
+    train.Muon(alone, lr=0.02, weight_decay=0.1).step()
+    assert torch.allclose(stack, torch.stack(alone), atol=1e-6)
+
+
 def test_orthogonal_brings_singular_values_near_1():
     x = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     values = torch.linalg.svdvals(train.orthogonal(x).float())

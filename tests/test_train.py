@@ -94,6 +94,7 @@ def state_of(checkpoint):
         (12, "--grad_accum 2"),
         (10, "--dtype bf16"),
         (10, "--n_experts 1"),
+        (10, "--muon_ffn"),
         (10, "--tokenizer bpe --vocab_size 280"),
         *((10, f"--router {router} --top_k 1") for router in ROUTERS if router != "topk"),
     ],
@@ -484,9 +485,11 @@ def test_the_rate_rises_linearly_then_falls_linearly_to_zero(steps, warmup):
 
 
 @pytest.mark.parametrize("n_experts", [1, 4])
-def test_muon_gets_exactly_the_attention_matrices(n_experts):
+@pytest.mark.parametrize("muon_ffn", [False, True])
+def test_muon_gets_exactly_the_attention_matrices_and_the_experts_if_asked(n_experts, muon_ffn):
     model = lamoe.LaMoE(small_config(n_experts=n_experts, top_k=1, qk_norm=True))
-    muon, adamw = train.make_optimizers(model, train.TrainConfig(weight_decay=0.1))
+    settings = train.TrainConfig(weight_decay=0.1, muon_ffn=muon_ffn)
+    muon, adamw = train.make_optimizers(model, settings)
     names = {id(weight): name for name, weight in model.named_parameters()}
 
     def names_of(optimizer, decayed):
@@ -494,6 +497,10 @@ def test_muon_gets_exactly_the_attention_matrices(n_experts):
         return sorted(names[id(weight)] for group in groups for weight in group["params"])
 
     expected = [f"blocks.{i}.attn.{m}_proj.weight" for i in (0, 1) for m in "kqov"]
+    if muon_ffn:
+        ffn = "ffn.{}_proj.weight" if n_experts == 1 else "ffn.experts.{}_proj"
+        for part in ("gate_up", "down"):
+            expected += [f"blocks.{i}.{ffn.format(part)}" for i in (0, 1)]
     assert isinstance(muon, train.Muon) and isinstance(adamw, torch.optim.AdamW)
     assert names_of(muon, True) == sorted(expected)
     assert names_of(muon, False) == []
