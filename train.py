@@ -112,16 +112,17 @@ class TrainConfig:
 
 LAPTOP = {"qk_norm": True}
 GPU = {**LAPTOP, "steps": 1200, "batch_size": 64, "compile": True, "draw_mb": 64}
-GPU |= {"muon_ffn": False, "muon_lr": 0.02}
 # 285M parameters, 115M active, for gigabytes of text; fits a card of 24 GB. 262,144 tokens a step.
 GPU_LARGE = {**GPU, "dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4, "n_experts": 8}
 GPU_LARGE |= {"hidden_dim": 1024, "seq_len": 1024, "vocab_size": 50304, "tie_embeddings": True}
-GPU_LARGE |= {"batch_size": 16, "grad_accum": 16, "steps": 4000, "lr": 1e-3}
+GPU_LARGE |= {"batch_size": 16, "grad_accum": 16, "steps": 4000, "lr": 1e-3, "muon_lr": 0.02}
+GPU_LARGE |= {"muon_ffn": False}  # so that --fsdp can shard them
 PRESETS = {"laptop": LAPTOP, "gpu": GPU, "gpu-large": GPU_LARGE}
 # Text below so many bytes, and what suits it. A token must be met often to be learned, so small
 # texts get few; a short context makes many windows of them; and they are read several times over,
 # which weight decay keeps from being learned by heart. The third row is for the embedded corpora:
-# they have few words, weight decay harms the recall of names, and with muon_ffn it comes late.
+# they have few words, weight decay harms the recall of names, and with muon_ffn it comes late. For
+# articles, where Muon has the experts, lr is that of embeddings and head: without it, 4e-3.
 ARTICLES = {"vocab_size": 4096, "seq_len": 256, "n_layers": 3, "lr": 2e-2, "weight_decay": 0.3}
 ARTICLES |= {"muon_lr": 0.04, "muon_ffn": True}
 TEXTS = (
