@@ -123,7 +123,7 @@ PRESETS = {"laptop": LAPTOP, "gpu": GPU, "gpu-large": GPU_LARGE}
 # which weight decay keeps from being learned by heart. The third row is for the embedded corpora:
 # they have few words, weight decay harms the recall of names, and with muon_ffn it comes late. For
 # articles, where Muon has the experts, lr is that of embeddings and head: without it, 4e-3.
-ARTICLES = {"vocab_size": 4096, "seq_len": 256, "n_layers": 3, "lr": 2e-2, "weight_decay": 0.1}
+ARTICLES = {"vocab_size": 4096, "seq_len": 256, "n_layers": 3, "lr": 2e-2, "weight_decay": 0.3}
 ARTICLES |= {"muon_lr": 0.04, "muon_ffn": True}
 TEXTS = (
     (4e6, {"vocab_size": 2048, "seq_len": 64, "n_layers": 4, "lr": 4e-3, "weight_decay": 0.6}),
