@@ -104,7 +104,7 @@ class TrainConfig:
         if self.fsdp and self.muon_ffn:
             raise ValueError(
                 "--fsdp shards the experts, which Muon needs whole; leave it out, or start a run "
-                "with --no-muon_ffn"
+                "with --no-muon_ffn --lr 4e-3"
             )
         self.eval_every = self.eval_every or max(1, self.steps // 5)
         self.save_every = self.save_every or self.eval_every
