@@ -367,7 +367,7 @@ def make_optimizers(model: lamoe.LaMoE, config: TrainConfig) -> list[torch.optim
     """
     matrices, sharded, routers, vectors = [], [], [], []
     for name, weight in model.named_parameters():
-        of_muon = ".attn." in name or config.muon_ffn and ".ffn." in name
+        of_muon = not is_sharded(name) or config.muon_ffn and ".ffn." in name
         kind = routers if ".router." in name else matrices if of_muon else sharded
         (vectors if weight.dim() < 2 else kind).append(weight)
     decay = config.weight_decay
@@ -517,10 +517,10 @@ def settle(given: dict, saved: dict | None, corpus, init=None) -> tuple[TrainCon
                     f"resume, or start a new run with another --out"
                 )
         settings = TrainConfig(**saved["train_config"])
-        settings.device = lamoe.pick_device(given.get("device", settings.device))
-        settings.compile = given.get("compile", settings.compile and settings.device == "cuda")
-        settings.fsdp = given.get("fsdp", False)
-        return dataclasses.replace(settings), saved["config"]  # checked anew
+        device = lamoe.pick_device(given.get("device", settings.device))
+        places = {"device": device, "fsdp": given.get("fsdp", False)}
+        places["compile"] = given.get("compile", settings.compile and device == "cuda")
+        return dataclasses.replace(settings, **places), saved["config"]
     device, preset = device_and_preset(given)
     by_text = next(suits for limit, suits in TEXTS if corpus.train.n_bytes < limit)
     chosen = {**by_text, **PRESETS[preset], **given}

@@ -101,14 +101,14 @@ def import_pyplot():
 
 def draw(folder: Path, floor: float | None) -> Path:
     """loss.png from log.csv and load.csv."""
-    rows, loads = read_csv(folder / "log.csv"), read_csv(folder / "load.csv")
-    steps, train, scored, val = bits_per_byte(rows)
     pyplot = import_pyplot()
+    rows, loads = read_csv(folder / "log.csv"), read_csv(folder / "load.csv")
     lines = len(loads) * (len(loads[0]) - 2) // len(rows) if loads else 0  # layers x experts
     heights = [3.6, min(6.0, 1.2 + 0.12 * lines)] if loads else [3.6]
     figure = pyplot.figure(figsize=(10, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     left, right = (figure.add_subplot(grid[0, i]) for i in (0, 1))
+    steps, train, scored, val = bits_per_byte(rows)
     left.plot(steps, train, color="0.6", linewidth=1, label="training")
     left.plot([int(row["step"]) for row in scored], val, "o-", color="C0", label="validation")
     if floor is not None:
