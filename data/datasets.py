@@ -28,7 +28,8 @@ if __package__ in (None, ""):  # run as a script: let it find its neighbours
 
 from data import download, facts, formats, stories  # noqa: E402
 from data.formats import SEPARATOR, split_documents  # noqa: E402
-from data.tokens import replacing  # noqa: E402
+from data.run.files import replacing  # noqa: E402
+from data.run.flags import OneLineParser, one_line_errors  # noqa: E402
 
 CACHE = Path(__file__).parent / "cache"  # drawn text, tables of documents, ids; git ignores it
 SETS = Path(__file__).parent / "sets"  # downloads, a folder each; git ignores it
@@ -37,9 +38,7 @@ DRAWN = {"stories": stories, "facts": facts}  # corpora we write ourselves, with
 FEW = 20  # fewer documents than that are split by position
 MOST_VAL = 1_000_000  # validation on more would take longer than it tells [bytes]
 
-# ----------------------------------------------------------------------------------------------
-# 1. A corpus: documents that can be read again and again
-# ----------------------------------------------------------------------------------------------
+# --- 1. A corpus: documents that can be read again and again --------------------------------------
 
 
 class Documents:
@@ -88,6 +87,11 @@ class Corpus(NamedTuple):
     kind_of_byte: np.ndarray | None = None  # of the validation text: an index into KINDS
     floor_bits: np.ndarray | None = None  # exact entropy of the validation text, by the same kinds
 
+    @property
+    def floor(self) -> float | None:
+        """Bits per byte that no model can beat, where the source is known."""
+        return None if self.floor_bits is None else self.floor_bits.sum() / len(self.kind_of_byte)
+
 
 def read(name: str, text_column: str = "", train_bytes: int = 0, progress=None) -> Corpus:
     """The corpus called `name`. ValueError names the cause and a remedy.
@@ -134,9 +138,7 @@ def find(name: str) -> list[formats.Member]:
     return members
 
 
-# ----------------------------------------------------------------------------------------------
-# 2. The table of documents, and the split
-# ----------------------------------------------------------------------------------------------
+# --- 2. The table of documents, and the split -----------------------------------------------------
 
 
 class Table(NamedTuple):
@@ -162,6 +164,7 @@ def documents_table(pieces, key, progress=None) -> Table:
         with np.load(path) as saved:
             return Table(*(saved[field] for field in ARRAYS), *json.loads(str(saved["words"])))
     table = scan(pieces, progress)
+    CACHE.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         words = json.dumps([table.names, table.notes])
         np.savez(file, words=words, **{field: getattr(table, field) for field in ARRAYS})
@@ -277,15 +280,13 @@ def few_of(held_out: np.ndarray, table: Table) -> np.ndarray:
     return chosen
 
 
-# ----------------------------------------------------------------------------------------------
-# 3. Drawn corpora
-# ----------------------------------------------------------------------------------------------
+# --- 3. Drawn corpora -----------------------------------------------------------------------------
 
 
 def read_drawn(name: str, train_bytes: int = 0) -> Corpus:
     """A drawn corpus with its exact floor, and what each byte of the validation text is."""
     paths = DRAWN[name].write(CACHE, train_bytes) if train_bytes else DRAWN[name].write(CACHE)
-    train, val = (read_own(path) for path in (paths.train, paths.val))
+    (train, key), (val, val_key) = (read_own(path) for path in (paths.train, paths.val))
     kinds, bits = [], np.zeros(len(KINDS))
     for document, (_, _, spans) in zip(val, json.loads(paths.floor.read_text()), strict=True):
         kind = np.full(len(document) + len(SEPARATOR), KINDS.index("rest"), np.uint8)
@@ -294,33 +295,35 @@ def read_drawn(name: str, train_bytes: int = 0) -> Corpus:
             bits[KINDS.index(of)] += cost
         kinds.append(kind)
     how = f"{len(train):,} documents drawn by data/{name}.py, {len(val):,} others for validation"
-    key = paths.train.name.removesuffix("-train.txt")
+    key = f"{name}-{key}-{val_key}"
     return Corpus(name, how, key, [name], train, val, np.concatenate(kinds), bits)
 
 
-def read_own(path: Path) -> Documents:
-    """All documents of a file that stories.write made."""
+def read_own(path: Path) -> tuple[Documents, str]:
+    """All documents of a file that stories.save made, and a key of their content."""
 
     def pieces():
         with open(path, "rb") as file:
             for text, ends in split_documents(formats.text_blocks(file, path.name)):
                 yield "", text, ends
 
-    n = sum(1 for _ in pieces())
+    n, digest = 0, hashlib.sha256()
+    for _, text, _ in pieces():
+        digest.update(f"{text}{stories.END}".encode())
+        n += 1
     size = path.stat().st_size - n * len(stories.END)
-    return Documents(pieces, np.ones(n, bool), size, np.zeros(n, np.uint8))
+    documents = Documents(pieces, np.ones(n, bool), size, np.zeros(n, np.uint8))
+    return documents, digest.hexdigest()[:8]
 
 
-# ----------------------------------------------------------------------------------------------
-# 4. Command line
-# ----------------------------------------------------------------------------------------------
+# --- 4. Command line ------------------------------------------------------------------------------
 
 
-def main(arguments=None) -> None:
-    parser = stories.OneLineParser(description="Fetches a public data set.")
+def main(arguments: list[str] | None = None) -> None:
+    parser = OneLineParser("data/datasets.py", description="Fetches a public data set.")
     parser.add_argument("name", nargs="?", metavar="NAME", choices=sorted(download.SETS))
     parser.add_argument("--limit", metavar="SIZE", type=download.size, help="500MB, 2GB, ...")
-    try:
+    with one_line_errors("stopped; the same command goes on where it stopped"):
         asked = parser.parse_args(arguments)
         if not asked.name:
             for name, source in download.SETS.items():
@@ -329,12 +332,6 @@ def main(arguments=None) -> None:
         path = download.fetch(asked.name, SETS / asked.name, asked.limit)
         print(f"{path} ({path.stat().st_size / 1e6:,.1f} MB)")
         print(f"next: python train.py --data {asked.name}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}".splitlines()[0], file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

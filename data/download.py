@@ -12,7 +12,6 @@ import http.client
 import io
 import os
 import re
-import shutil
 import sys
 import time
 import urllib.error
@@ -22,11 +21,12 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import NamedTuple
 
-from data.tokens import replacing
+from data.run.files import check_space, replacing
 
 KAGGLE = "https://www.kaggle.com/api/v1/datasets/download/"
 BLOCK = 1 << 20  # bytes
 TIMEOUT = 30  # seconds without a byte
+LESS = "fetch less with --limit 500MB"
 
 
 class Source(NamedTuple):
@@ -42,9 +42,9 @@ def kaggle(name: str, owner_and_set: str) -> Source:
     )
 
 
-KARPATHY = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
+KARPATHY = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+KARPATHY += "tinyshakespeare/input.txt"
+KARPATHY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 STORIES = "https://huggingface.co/datasets/roneneldan/TinyStories"
 SETS = {
     "bbc": kaggle("bbc", "pariza/bbc-news-summary"),
@@ -52,12 +52,7 @@ SETS = {
     "avengers": kaggle("avengers", "divaxshah/avengers-and-iron-man-movies-dataset"),
     "physics": kaggle("physics", "judehunt23/llm-science-exam-training-data-wiki-pages"),
     "wiki": kaggle("wiki", "ffatty/plaintext-wikipedia-full-english"),
-    "tinyshakespeare": Source(
-        KARPATHY,
-        "tinyshakespeare.txt",
-        KARPATHY,
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    ),
+    "tinyshakespeare": Source(KARPATHY, "tinyshakespeare.txt", KARPATHY, KARPATHY_SHA256),
     "tinystories": Source(
         f"{STORIES}/resolve/main/TinyStoriesV2-GPT4-train.txt", "tinystories.txt", STORIES
     ),
@@ -80,7 +75,7 @@ def fetch(name: str, folder: Path, limit: int | None = None) -> Path:
         print(f"{path} is here already; to fetch it again, delete it")
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    get = download if not limit else download_members if path.suffix == ".zip" else download_start
+    get = download_members if limit and path.suffix == ".zip" else download
     try:
         get(source, path, limit)
     except urllib.error.HTTPError as error:
@@ -112,9 +107,7 @@ class Interrupted(Exception):
     pass
 
 
-# ----------------------------------------------------------------------------------------------
-# 1. All of a file, or the first part of a text
-# ----------------------------------------------------------------------------------------------
+# --- 1. All of a file, or the first part of a text ------------------------------------------------
 
 
 def request(url: str, **headers):
@@ -125,6 +118,7 @@ def request(url: str, **headers):
 
 
 def download(source: Source, path: Path, limit: int | None = None) -> None:
+    """The file; with a limit, its first bytes, up to the last complete line."""
     part, edition = (path.with_name(path.name + end) for end in (".part", ".part.edition"))
     have = part.stat().st_size if part.exists() and edition.exists() else 0
     resume = {"Range": f"bytes={have}-", "If_Range": edition.read_text()} if have else {}
@@ -139,7 +133,7 @@ def download(source: Source, path: Path, limit: int | None = None) -> None:
         total = total_size(response)
         if response.headers.get_content_type() == "text/html":
             raise WebPage
-        check_disk(path, min(total or 0, limit or total or 0) - have)
+        check_space(path, min(total or 0, limit or total or 0) - have, LESS)
         edition.write_text(
             response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
         )
@@ -150,18 +144,13 @@ def download(source: Source, path: Path, limit: int | None = None) -> None:
     if total and have < min(total, limit or total):
         raise Interrupted(f"the connection ended after {have:,} of {total:,} bytes")
     edition.unlink(missing_ok=True)
-    check(part, source)
+    check(part, source._replace(sha256="") if limit else source)  # of a part it is not known
     with open(part, "rb+") as file:
         if limit and have >= limit:
             file.truncate(last_line(file, limit))
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
-
-
-def download_start(source: Source, path: Path, limit: int) -> None:
-    """The first `limit` bytes of a text, up to the last whole line; the sum is not known then."""
-    download(source._replace(sha256=""), path, limit)
 
 
 def total_size(response) -> int | None:
@@ -195,15 +184,6 @@ def show_progress(have: int, goal: int, speed: float) -> None:
         of = f" of {goal / 1e6:,.1f}" if goal else ""
         left = f", {(goal - have) / speed:,.0f} s left" if goal > have and speed else ""
         print(f"{f'{have / 1e6:,.1f}{of} MB, {speed / 1e6:.1f} MB/s{left}':79}", end="\r")
-
-
-def check_disk(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise ValueError(
-            f"{path.name} needs {needed / 1e9:.1f} GB and {path.parent} is on a disk with "
-            f"{free / 1e9:.1f} GB left; make room, or fetch less with --limit 500MB"
-        )
 
 
 def check(part: Path, source: Source) -> None:
@@ -240,9 +220,7 @@ def last_line(file, limit: int) -> int:
     return limit
 
 
-# ----------------------------------------------------------------------------------------------
-# 2. The first members of a zip that is too large to fetch
-# ----------------------------------------------------------------------------------------------
+# --- 2. The first members of a zip that is too large to fetch -------------------------------------
 
 
 class RemoteFile(io.RawIOBase):
@@ -284,7 +262,7 @@ class RemoteFile(io.RawIOBase):
 
 def download_members(source: Source, path: Path, limit: int) -> None:
     """A zip of the first members of the remote zip, `limit` bytes of text in all."""
-    check_disk(path, limit)
+    check_space(path, limit, LESS)
     remote, have, started = RemoteFile(source.url), 0, time.monotonic()
     try:
         with (

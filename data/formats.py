@@ -42,9 +42,7 @@ WIKI = re.compile(r"(?:^|/)[A-Z]{2}/wiki_\d+$")
 MOST_SOURCES = 8  # more subfolders than that are no kinds of text
 csv.field_size_limit(LONGEST_LINE)
 
-# ----------------------------------------------------------------------------------------------
-# 1. What is there: files, and members of zips
-# ----------------------------------------------------------------------------------------------
+# --- 1. What is there: files, and members of zips -------------------------------------------------
 
 
 class Member(NamedTuple):
@@ -136,9 +134,7 @@ def damaged(member: Member, error: Exception) -> ValueError:
     )
 
 
-# ----------------------------------------------------------------------------------------------
-# 2. Bytes to text
-# ----------------------------------------------------------------------------------------------
+# --- 2. Bytes to text -----------------------------------------------------------------------------
 
 
 def text_blocks(file, name: str):
@@ -199,9 +195,7 @@ def lines(blocks, name: str):
         yield rest
 
 
-# ----------------------------------------------------------------------------------------------
-# 3. Text to documents
-# ----------------------------------------------------------------------------------------------
+# --- 3. Text to documents -------------------------------------------------------------------------
 
 separator_line = re.compile(rf"^[^\S\n]*{re.escape(SEPARATOR)}[^\S\n]*(?:\n|\Z)", re.M)
 # Where bpe.py may be given a text in two parts: after a line break before a non-space, and before
@@ -289,9 +283,7 @@ def remove_directions(line: str) -> str:
     return " ".join(re.sub(r"\[[^\]]*\]", " ", line).split())
 
 
-# ----------------------------------------------------------------------------------------------
-# 4. Tables to documents
-# ----------------------------------------------------------------------------------------------
+# --- 4. Tables to documents -----------------------------------------------------------------------
 
 # Column names without capitals and punctuation, likeliest first; a part of a name will do for the
 # first two, as nobody agreed on them.
@@ -394,9 +386,7 @@ def scenes(rows, speaker: str, line: str, play: str | None, place: str | None):
         yield "\n\n".join(speeches)
 
 
-# ----------------------------------------------------------------------------------------------
-# 5. All of it
-# ----------------------------------------------------------------------------------------------
+# --- 5. All of it ---------------------------------------------------------------------------------
 
 
 def documents(members: list[Member], text_column: str = "", note=print):

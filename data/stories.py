@@ -21,7 +21,6 @@ the hero, and `$hero` repeats a variable, which costs nothing: a model has to re
     python data/stories.py --n 5 --genre stories      # prints some documents with their bits
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -36,10 +35,15 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-# ---------------------------------------------------------------------------------------------
-# 1. The grammar. Words first: the lists are long and used everywhere, so that every document is
-#    new while every word is met often enough to be learned in minutes. "a" fits all of them.
-# ---------------------------------------------------------------------------------------------
+if __package__ in (None, ""):  # run as a script: let it find its neighbours
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.run.files import replacing  # noqa: E402
+from data.run.flags import OneLineParser, number  # noqa: E402
+
+# --- 1. The grammar -------------------------------------------------------------------------------
+# Words first: the lists are long and used everywhere, so that every document is new while every
+# word is met often enough to be learned in minutes. "a" fits all of them.
 
 WORDS = """
 name = Anna | Bruno | Clara | Dora | Emil | Felix | Greta | Hugo | Ida | Jonas | Kiki | Leo | Mina
@@ -102,10 +106,9 @@ said = answered | bellowed | cried | giggled | mumbled | muttered | said | sang 
     | whispered | yelled
 """
 
-# ---------------------------------------------------------------------------------------------
-# 2. Phrases and the five genres. The hero opens sentences, the friend comes after a verb or "and",
-#    names and things are never inflected: what is recalled looks the same wherever it stands.
-# ---------------------------------------------------------------------------------------------
+# --- 2. Phrases and the five genres ---------------------------------------------------------------
+# The hero opens sentences, the friend comes after a verb or "and", names and things are never
+# inflected: what is recalled looks the same wherever it stands.
 
 PHRASES = """
 one = One {weather} {day}
@@ -240,9 +243,8 @@ play = Scene: {stage}. Enter {hero=name}, a {being}, and {friend=name!hero}, a {
 
 DOCUMENT = "document = 8*{story} | 3*{news} | 3*{recipe} | 3*{science} | 3*{play}"
 
-# ---------------------------------------------------------------------------------------------
-# 3. From notation to nodes. Fixed text is a plain str; the other kinds of node:
-# ---------------------------------------------------------------------------------------------
+# --- 3. From notation to nodes --------------------------------------------------------------------
+# Fixed text is a plain str; the other kinds of node:
 
 
 class Sequence(NamedTuple):
@@ -322,9 +324,7 @@ NOTATION = WORDS + PHRASES + STORIES + NEWS + RECIPES + SCIENCE + PLAYS + DOCUME
 RULES = read(NOTATION)
 GRAMMAR = RULES["document"]
 
-# ---------------------------------------------------------------------------------------------
-# 4. Drawing documents
-# ---------------------------------------------------------------------------------------------
+# --- 4. Drawing documents -------------------------------------------------------------------------
 
 OPENINGS = {
     "Once": "stories",
@@ -428,9 +428,7 @@ def texts(seed, split, workers=1):
             yield from ahead.popleft().get()
 
 
-# ---------------------------------------------------------------------------------------------
-# 5. The cache: three files, each complete or absent
-# ---------------------------------------------------------------------------------------------
+# --- 5. The cache: three files, each complete or absent -------------------------------------------
 
 FILES = ("train.txt", "val.txt", "floor.json")
 
@@ -477,33 +475,19 @@ def _until(size, documents):
             return
 
 
-def _write(path, blocks):
-    """Under a temporary name first: whoever finds path finds all of it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="ascii", newline="\n") as file:
-            file.writelines(blocks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write(path, texts):
+    with replacing(path) as file:
+        file.writelines(text.encode("ascii") for text in texts)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        message = " ".join(message.split())  # one line, whatever the arguments hold
-        self.exit(2, f"error: {message}\n")
-
-
-def main(argv=None):
-    parser = OneLineParser(description="Prints documents of the embedded corpus.")
-    parser.add_argument("--n", type=int, default=5, help="how many")
+def main(arguments=None):
+    about = "Prints documents of the embedded corpus."
+    parser = OneLineParser("data/stories.py", description=about)
+    count = number(int, lambda n: n > 0, "above 0")
+    parser.add_argument("--n", type=count, default=5, help="how many")
     parser.add_argument("--genre", choices=sorted(set(OPENINGS.values())), help="only this genre")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if args.n < 1:
-        parser.error(f"--n {args.n} prints nothing; try --n 5")
+    args = parser.parse_args(arguments)
     documents = (document(index, args.seed) for index in itertools.count())
     wanted = (found for found in documents if args.genre in (None, found.genre))
     for text, genre, bits, _ in itertools.islice(wanted, args.n):

@@ -3,30 +3,75 @@ another <|endoftext|>.
 
 The array is made once and kept under a name that says which text and which tokenizer it is of. It
 grows under a temporary name and is renamed when all of it is on the disk, so that an array that was
-cut off is never taken for a whole one. Memory holds one batch of text at a time.
+cut off is never taken for a complete one. Memory holds one batch of text at a time.
 """
 
-import contextlib
-import os
-import shutil
+import hashlib
+import itertools
+import json
+import math
 import time
+from array import array
 from pathlib import Path
 
 import numpy as np
 
+import bpe
+from data import datasets
+from data.run.files import check_space, remove_leftovers, replacing, write_text
+from data.run.log import print_in_place, print_line
+
 BATCH = 1 << 22  # encoded at a time [characters]
+SAMPLE = 100_000_000  # bytes: a tokenizer learns nothing new from more
 
 
-def encode(documents, tokenizer, path: Path, progress=None) -> np.ndarray:
+def make_tokenizer(kind: str, vocab_size: int, corpus):
+    """A tokenizer of `bytes`, or one that learned `bpe` from the training text, now or earlier."""
+    if kind == "bytes":
+        return bpe.Tokenizer([])
+    code = hashlib.sha256(Path(bpe.__file__).read_bytes()).hexdigest()[:8]  # an edit: learn anew
+    path = datasets.CACHE / f"{corpus.key}-{vocab_size}-{code}.bpe"
+    if path.exists():
+        return bpe.Tokenizer.load(path)
+    every = math.ceil(corpus.train.n_bytes / SAMPLE)
+    if every > 1:
+        print_line(f"tokenizer  learns from one document in {every}, {SAMPLE / 1e6:.0f} MB in all")
+    sample = itertools.islice(corpus.train, 0, None, every)
+    tokenizer = bpe.Tokenizer.train(sample, vocab_size, print_in_place)
+    write_text(path, json.dumps(tokenizer.state()))
+    return tokenizer
+
+
+def encode_corpus(corpus, tokenizer, length: int, asked: str) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of both sides, mapped; ValueError if one does not fill a window of this length.
+
+    asked: the name of the text on the command line.
+    """
+    name = hashlib.sha256(json.dumps(tokenizer.state()).encode()).hexdigest()[:12]
+    train, val = (
+        encode(documents, tokenizer, datasets.CACHE / f"{corpus.key}-{name}-{side}.ids")
+        for side, documents in (("train", corpus.train), ("val", corpus.val))
+    )
+    shorter = min(len(train), len(val))
+    if shorter < length + 2:
+        raise ValueError(
+            f"{asked} is too short: {len(train)} tokens to train on and {len(val)} "
+            f"to validate do not fill a context of {length}; give more text, or a --seq_len of "
+            f"{max(1, shorter - 2)} or less"
+        )
+    return train, val
+
+
+def encode(documents, tokenizer, path: Path) -> np.ndarray:
     """The ids of a datasets.Documents, mapped; made if not there."""
-    remove_leftovers(path.parent)
+    remove_leftovers(path.parent, "*")
     if not path.exists():
         with replacing(path) as file:
-            write_ids(file, documents.pieces(), documents.n_bytes, tokenizer, progress)
+            write_ids(file, documents.pieces(), documents.n_bytes, tokenizer)
     return np.memmap(path, tokenizer.encode_array([]).dtype, "r")
 
 
-def write_ids(file, pieces, n_bytes: int, tokenizer, progress=None) -> None:
+def write_ids(file, pieces, n_bytes: int, tokenizer) -> None:
     """Writes the ids of (text, ends) pieces batch by batch; a disk too small is seen at once."""
     started, read = time.perf_counter(), 0
     file.write(tokenizer.encode_array([""]).tobytes())  # the <|endoftext|> before the first
@@ -35,15 +80,12 @@ def write_ids(file, pieces, n_bytes: int, tokenizer, progress=None) -> None:
         file.write(memoryview(ids if ends else ids[:-1]))
         first, read = not read, read + sum(len(text.encode()) for text in texts)
         share = min(1.0, read / max(1, n_bytes))
-        expected, free = file.tell() / share, shutil.disk_usage(file.name).free
-        if first and expected - file.tell() > free:
-            raise ValueError(
-                f"the ids of this text take about {expected / 1e9:.1f} GB and {file.name} is on a "
-                f"disk with {free / 1e9:.1f} GB left; make room, or train on less text"
-            )
-        if progress:
-            left = (time.perf_counter() - started) * (1 - share) / share
-            progress(f"encoding   {100 * share:.0f}% of {n_bytes / 1e6:,.0f} MB, {left:.0f} s left")
+        if first:
+            check_space(file.name, file.tell() / share - file.tell(), "train on less text")
+        left = (time.perf_counter() - started) * (1 - share) / share
+        print_in_place(
+            f"encoding   {100 * share:.0f}% of {n_bytes / 1e6:,.0f} MB, {left:.0f} s left"
+        )
 
 
 def batches(pieces):
@@ -59,68 +101,25 @@ def batches(pieces):
         yield texts, True
 
 
-class replacing:
-    """A binary file that takes its place only when all of it is written: with replacing(p) as f.
+def document_starts(ids: np.ndarray, eot: int, block: int = 1 << 22) -> array:
+    """Positions of eot: position p is the token before the text that starts at p + 1.
 
-    Its temporary one is locked as long as it is written: one without a lock is a dead process's.
+    Of a mapped file, blocks are read beside the mapping: pages that it touched would stay.
     """
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed in __exit__
-            lock(self.file, wait=True)
-            if self.temporary.exists():
-                return self.file
-            self.file.close()  # taken for a leftover just before it was locked
-
-    def __exit__(self, error, *rest):
-        try:
-            with self.file:
-                if not error:
-                    self.file.flush()
-                    os.fsync(self.file.fileno())
-            if not error:
-                os.replace(self.temporary, self.path)
-                flush_folder(self.path.parent)
-        finally:
-            if self.temporary.exists():
-                self.temporary.unlink()
+    found = array("q")
+    for at in range(0, len(ids), block):
+        part = ids[at : at + block]
+        if isinstance(ids, np.memmap):
+            place = ids.offset + at * ids.itemsize
+            part = np.fromfile(ids.filename, ids.dtype, len(part), offset=place)
+        found.frombytes((np.flatnonzero(part == eot) + at).astype(np.int64).tobytes())
+    return found
 
 
-def lock(file, wait: bool) -> None:
-    """Locks an open file until it is closed; without waiting, OSError if another process has.
-
-    Windows needs none here: an open file can't be removed there. On a file system without locks a
-    writer goes on without one, and nobody takes away what others may be writing.
-    """
-    if os.name == "posix":
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            if not wait:
-                raise
-
-
-def remove_leftovers(cache: Path) -> None:
-    """The temporary files of processes that were killed. Windows keeps them: they are open here."""
-    for left in [left for kind in ("ids", "npz", "bpe") for left in cache.glob(f"*.{kind}.*.tmp")]:
-        with contextlib.suppress(OSError), open(left, "rb+") as file:
-            lock(file, wait=False)  # OSError if somebody writes it now
-            left.unlink()
-
-
-def flush_folder(folder: Path) -> None:
-    """Flushes a folder's entries to the disk: until then a power cut may undo a rename in it."""
-    if os.name == "posix":
-        entries = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(entries)
-        finally:
-            os.close(entries)
+def source_of_byte(val_ids: np.ndarray, tokenizer, corpus) -> np.ndarray | None:
+    """For each byte of the validation text, separators included, its index in corpus.sources."""
+    if len(corpus.sources) == 1:
+        return None  # nothing to tell apart
+    ends = np.flatnonzero(val_ids[1:] == tokenizer.eot)
+    bytes_till = np.cumsum(tokenizer.byte_lengths[val_ids[1:]])[ends]
+    return np.repeat(corpus.val.sources, np.diff(bytes_till, prepend=0))

@@ -3,12 +3,15 @@
     python tests/bench.py                      all tables; minutes on one GPU
     python tests/bench.py train layer          some of: train, routers, layer, generate, peers
     torchrun --nproc_per_node N tests/bench.py scaling largest
+    python tests/bench.py --smallest           seconds: whether it runs, not how fast
 
 Each figure is the median of several, after a warm-up. Compile times are shown and not counted.
 Model FLOPs utilization (MFU) is 6 x active matrix parameters + causal attention, times tokens/s,
-over the rate of a large bf16 product measured in the same run. Not collected by pytest.
+over the rate of a large product of matrices measured in the same run. Memory is the GPU's, at its
+peak. Not collected by pytest.
 """
 
+import argparse
 import gc
 import sys
 import time
@@ -16,27 +19,44 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import lamoe
 import train
+from data.run import ranks
+from data.run.log import Meter
+from data.run.machine import autocast, compile_blocks
 
 warnings.simplefilter("ignore")  # the compiler's about softmax and tf32
 GPU = torch.cuda.is_available()
+SMALLEST = "--smallest" in sys.argv
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 SETTINGS = train.TrainConfig(device=DEVICE, dtype="bf16" if GPU else "fp32")
-# Of the models measured: the same active size, dense, in 8 and in 64 experts.
-SHAPE = {"vocab_size": 50304, "dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4}
-SHAPE |= {"seq_len": 1024}
-if not GPU:
-    SHAPE = {"vocab_size": 2048, "dim": 128, "n_layers": 3, "n_heads": 2, "seq_len": 128}
-F = 1024 if GPU else 256
+# The models measured: one active size, dense, in 8 and in 64 experts.
+if SMALLEST:
+    SHAPE = {"vocab_size": 256, "dim": 64, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1}
+    SHAPE |= {"seq_len": 32}
+    BATCH, F, ROUNDS = 2, 64, 1
+elif GPU:
+    SHAPE = {"vocab_size": 50304, "dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4}
+    SHAPE |= {"seq_len": 1024}
+    BATCH, F, ROUNDS = 32, 1024, 5
+else:
+    SHAPE = {"vocab_size": 2048, "dim": 128, "n_layers": 3, "n_heads": 2, "n_kv_heads": 2}
+    SHAPE |= {"seq_len": 128}
+    BATCH, F, ROUNDS = 8, 256, 5
 MODELS = {
     "dense": {"n_experts": 1, "hidden_dim": 2 * F},
     "8 experts, top 2": {"n_experts": 8, "top_k": 2, "hidden_dim": F},
     "64 experts, top 8": {"n_experts": 64, "top_k": 8, "hidden_dim": F // 4},
 }
+# Those that write text.
+SMALL = {"vocab_size": 4096, "dim": 256, "n_layers": 8, "n_heads": 4, "n_kv_heads": 2}
+SMALL |= {"hidden_dim": 384, "n_experts": 8, "top_k": 2, "seq_len": 1024}
+LARGE = {"vocab_size": 32000, "dim": 1024, "n_layers": 16, "n_heads": 16, "n_kv_heads": 8}
+LARGE |= {"hidden_dim": 2816, "n_experts": 8, "top_k": 2, "seq_len": 1024}
+if SMALLEST:
+    SMALL |= {"n_layers": 1, "seq_len": 256}
 
 
 def wait() -> None:
@@ -44,8 +64,8 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(function, times: int = 5, inner: int = 4) -> float:
-    """Of one call: the median of `times` rounds of `inner` calls back to back."""
+def seconds(function, times: int = ROUNDS, inner: int = 1 if SMALLEST else 4) -> float:
+    """What one call takes: the median of `times` rounds of `inner` calls back to back."""
     function()
     rounds = []
     for _ in range(times):
@@ -66,16 +86,16 @@ def clean() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_gib() -> float:
-    return torch.cuda.max_memory_allocated() / 2**30 if GPU else float("nan")
+def peak_memory() -> str:
+    return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if GPU else "-"
 
 
 def ceilings() -> tuple[float, float]:
     """(FLOP/s of a large matrix product, bytes/s read plus written by a copy)."""
-    n = 8192 if GPU else 1024
+    n = 256 if SMALLEST else 8192 if GPU else 1024
     a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
     product = 2 * n**3 / seconds(lambda: a @ b)
-    x = torch.randn(2**29 if GPU else 2**24, device=DEVICE)
+    x = torch.randn(2**16 if SMALLEST else 2**29 if GPU else 2**24, device=DEVICE)
     y = torch.empty_like(x)
     return product, 2 * x.numel() * 4 / seconds(lambda: y.copy_(x))
 
@@ -87,21 +107,34 @@ def make(device=DEVICE, **changes) -> lamoe.LaMoE:
 
 
 def stepper(model, parallel, batch: int):
-    """A function that does one training step, as train.py's `update` does, on random tokens."""
-    optimizers, c = train.make_optimizers(model, SETTINGS), model.config
+    """A function that does one training step, as the loop of train.py does, on random tokens."""
+    optimizers, meter, c = train.make_optimizers(model, SETTINGS), Meter(model), model.config
     ids_BT = torch.randint(c.vocab_size, (batch, c.seq_len + 1), device=DEVICE)
-    meter = train.Meter(model)
-    settings = train.TrainConfig(device=DEVICE, dtype=SETTINGS.dtype, batch_size=batch)
 
-    def batches(i, device):
-        return ids_BT[:, :-1], ids_BT[:, 1:]
+    def step():
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = train.schedule(100, SETTINGS) * group["highest_lr"]
+        with ranks.averaging(parallel, on=True):
+            with autocast(SETTINGS):
+                out = parallel(ids_BT[:, :-1], ids_BT[:, 1:], return_logits=False)
+            (out.loss + out.aux).backward()
+        meter.add(out)
+        load_LE = out.load
+        del out
+        ranks.average_unsharded(parallel)
+        meter.add_norm(ranks.clip_gradients(parallel.parameters(), SETTINGS.clip))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        model.update_bias(load_LE)
 
-    return lambda: train.update(parallel, optimizers, batches, meter, settings, 100)
+    return step
 
 
-def bench_train(peak: float, batch: int = 32 if GPU else 8) -> None:
+def bench_train(peak: float, batch: int = BATCH) -> None:
     print(f"\nTraining, batch {batch} x {SHAPE['seq_len']}, {'compiled' if GPU else 'eager'}")
-    print("model                  total  active   tokens/s  of dense   MFU  memory  compile")
+    print("model                  total  active   tokens/s  of dense   MFU     memory  compile")
     dense = None
     for name, changes in MODELS.items():
         clean()
@@ -109,7 +142,7 @@ def bench_train(peak: float, batch: int = 32 if GPU else 8) -> None:
         total, active = lamoe.count_parameters(model)["all"]
         start = time.perf_counter()
         if GPU:
-            model.compile()
+            compile_blocks(model)
         step = stepper(model, model, batch)
         step()
         wait()
@@ -117,14 +150,14 @@ def bench_train(peak: float, batch: int = 32 if GPU else 8) -> None:
         dense = dense or rate
         use = rate * lamoe.flops_per_token(model) / peak
         print(
-            f"{name:20} {total / 1e6:6.0f}M {active / 1e6:6.0f}M {rate:10,.0f} {rate / dense:8.2f} "
-            f"{use:6.1%} {peak_gib():5.1f}G {compiling:6.0f} s",
+            f"{name:20} {total / 1e6:6.1f}M {active / 1e6:6.1f}M {rate:10,.0f} {rate / dense:8.2f} "
+            f"{use:6.1%} {peak_memory():>10} {compiling:6.0f} s",
             flush=True,
         )
         del model, step
 
 
-def bench_routers(batch: int = 32 if GPU else 8) -> None:
+def bench_routers(batch: int = BATCH) -> None:
     print(f"\nStep time of each router over topk's, 8 experts, batch {batch} x {SHAPE['seq_len']}")
     models, steps = {}, {}
     clean()
@@ -133,9 +166,12 @@ def bench_routers(batch: int = 32 if GPU else 8) -> None:
         k = {"top_k": 1, "hidden_dim": 2 * F} if k1 or name == "switch" else {"hidden_dim": F}
         models[router] = make(router=name, n_layers=3, **k)
         if GPU:
-            models[router].compile()
+            compile_blocks(models[router])
         steps[router] = stepper(models[router], models[router], batch)
-    rounds = [{name: seconds(step, 1, 3) for name, step in steps.items()} for _ in range(7)]
+    rounds = [
+        {name: seconds(step, 1, 3) for name, step in steps.items()}
+        for _ in range(1 if SMALLEST else 7)
+    ]
     for router in steps:
         twin = "topk k=1" if router == "switch" else "topk"
         ratios = sorted(times[router] / times[twin] for times in rounds)
@@ -143,8 +179,9 @@ def bench_routers(batch: int = 32 if GPU else 8) -> None:
 
 
 def bench_layer(peak: float) -> None:
-    N, D = (32768, 1024) if GPU else (2048, 256)
-    wide = 5632 if GPU else 1024
+    N, D, wide = (32768, 1024, 5632) if GPU else (2048, 256, 1024)
+    if SMALLEST:
+        N, D, wide = 64, 64, 176
     print(f"\nMoE layer, forward and backward, {N} tokens, dim {D}, against a dense layer")
     dense = None
     for name, E, A, hidden in (
@@ -164,13 +201,17 @@ def bench_layer(peak: float) -> None:
         if GPU:
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
         x_BTD = torch.randn(32, N // 32, D, device=DEVICE, dtype=DTYPE, requires_grad=True)
-        grad_BTD = torch.randn_like(x_BTD)
+        grad_BTD, inputs = torch.randn_like(x_BTD), [x_BTD]
+        if E > 1:
+            ids_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.long, device=DEVICE)
+            inputs += [ids_BT, lamoe.pick_kernels(x_BTD, c)[1]]
 
-        def run(layer=layer, x_BTD=x_BTD, grad_BTD=grad_BTD, E=E):
-            with train.autocast(SETTINGS):
-                y_BTD = layer(x_BTD) if E == 1 else layer(x_BTD)[0]
+        def run(layer=layer, inputs=inputs, grad_BTD=grad_BTD):
+            with autocast(SETTINGS):
+                out = layer(*inputs)
+            y_BTD = out if isinstance(out, torch.Tensor) else out[0]
             y_BTD.backward(grad_BTD)
-            for tensor in (x_BTD, *layer.parameters()):
+            for tensor in (inputs[0], *layer.parameters()):
                 tensor.grad = None
 
         run()
@@ -183,14 +224,8 @@ def bench_layer(peak: float) -> None:
         )
 
 
-SMALL = {"vocab_size": 4096, "dim": 256, "n_layers": 8, "n_heads": 4, "n_kv_heads": 2}
-SMALL |= {"hidden_dim": 384, "n_experts": 8, "top_k": 2, "seq_len": 1024}
-LARGE = {"vocab_size": 32000, "dim": 1024, "n_layers": 16, "n_heads": 16, "n_kv_heads": 8}
-LARGE |= {"hidden_dim": 2816, "n_experts": 8, "top_k": 2, "seq_len": 1024}
-
-
 def bench_generate(bandwidth: float) -> None:
-    print("\nGeneration, bf16, temperature 0.8, min_p 0.02, after 16 tokens of prompt")
+    print(f"\nGeneration, {DTYPE}, temperature 0.8, min_p 0.02, after 16 tokens of prompt")
     print(
         "model    batch  way                     tokens/s  active bytes/s of copy bandwidth  ready"
     )
@@ -208,12 +243,12 @@ def bench_generate(bandwidth: float) -> None:
                     torch.nn.init.normal_(weight, std=0.02)
             total, active = lamoe.count_parameters(model)["all"]
             ids_BT, (graph, compiled) = torch.randint(99, (batch, 16), device=DEVICE), ways[way]
-            n_new = 60 if way == "eager" else n
+            n_new = 5 if SMALLEST else 60 if way == "eager" else n
             start = time.perf_counter()
             tokens = model.generate(
                 ids_BT, n_new + 100, 0.8, min_p=0.02, graph=graph, compile=compiled
             )
-            for _ in range(10):
+            for _ in range(2 if SMALLEST else 10):
                 next(tokens)
             wait()
             ready, start = time.perf_counter() - start, time.perf_counter()
@@ -221,9 +256,10 @@ def bench_generate(bandwidth: float) -> None:
                 next(tokens)
             wait()
             rate = batch * n_new / (time.perf_counter() - start)
-            share = rate * active * 2 / bandwidth if batch == 1 else float("nan")
+            n_bytes = rate * active * DTYPE.itemsize
+            share = f"{n_bytes / bandwidth:.1%}" if batch == 1 else "-"
             print(
-                f"{name} {total / 1e6:5.0f}M {batch:3}  {way:20} {rate:10,.0f} {share:20.1%} "
+                f"{name} {total / 1e6:5.0f}M {batch:3}  {way:20} {rate:10,.0f} {share:>20} "
                 f"{ready:18.0f} s",
                 flush=True,
             )
@@ -251,7 +287,7 @@ def bench_peers() -> None:
     except ImportError:
         return print('\npeers: none here; pip install -e ".[oracle]"')
     print(f"\nHugging Face Mixtral, transformers {transformers.__version__}")
-    batch, shape = 8, {**SHAPE, **MODELS["8 experts, top 2"]}
+    batch, shape = min(8, BATCH), {**SHAPE, **MODELS["8 experts, top 2"]}
     ids_BT = torch.randint(shape["vocab_size"], (batch, shape["seq_len"]), device=DEVICE)
     rates = {}
     for name in ("Hugging Face", "LaMoE"):
@@ -259,10 +295,10 @@ def bench_peers() -> None:
         model = mixtral(shape) if name == "Hugging Face" else make(**shape)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         if GPU:
-            model.compile()
+            compile_blocks(model)
 
         def step(model=model, optimizer=optimizer, name=name):
-            with train.autocast(SETTINGS):
+            with autocast(SETTINGS):
                 if name == "LaMoE":
                     loss = model(ids_BT, ids_BT).loss
                 else:
@@ -272,9 +308,9 @@ def bench_peers() -> None:
             optimizer.zero_grad()
 
         step()
-        rates[name] = ids_BT.numel() / seconds(step, 3, 2)
+        rates[name] = ids_BT.numel() / seconds(step, min(3, ROUNDS), 2)
         print(
-            f"training, {name:12} {rates[name]:10,.0f} tokens/s, {peak_gib():.1f} GiB", flush=True
+            f"training, {name:12} {rates[name]:10,.0f} tokens/s, memory {peak_memory()}", flush=True
         )
         del model, optimizer, step
     print(f"          LaMoE over it: {rates['LaMoE'] / rates['Hugging Face']:.2f}")
@@ -283,7 +319,7 @@ def bench_peers() -> None:
         ids_BT = torch.randint(99, (batch, 16), device=DEVICE)
         options = {"do_sample": True, "temperature": 0.8, "min_p": 0.02, "pad_token_id": 0}
         options |= {"cache_implementation": "static"}
-        n = 128 if GPU else 8
+        n = 128 if GPU and not SMALLEST else 8
         model.generate(ids_BT, max_new_tokens=n, **options)
         wait()
         start = time.perf_counter()
@@ -293,110 +329,112 @@ def bench_peers() -> None:
         print(f"generation, batch {batch:2}, static cache {rate:10,.0f} tokens/s", flush=True)
 
 
+def say(text: str) -> None:
+    if ranks.RANK == 0:
+        print(text, flush=True)
+
+
 def several(wanted: list[str]) -> None:
     if GPU:
-        torch.cuda.set_device(train.RANKS.rank)
+        torch.cuda.set_device(ranks.RANK)
     if "scaling" in wanted:
         bench_scaling()
-    join()
+    ranks.init_distributed(DEVICE)
     if "largest" in wanted:
         bench_largest()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def join() -> None:
-    if not dist.is_initialized():
-        train.join(DEVICE)
+    ranks.end_distributed()
 
 
 def bench_scaling() -> None:
     """Under torchrun: each model on one GPU first, then on all, the same batch a GPU or in all."""
-    n, batch = train.RANKS.world, 32 if GPU else 8
-    models = [name for name in MODELS if name != "dense"]
+    n, batch = ranks.WORLD, BATCH
+    models = [name for name in MODELS if name != "dense"][: 1 if SMALLEST else None]
     alone = {}
     for name in models:  # before the ranks meet: nothing is exchanged
         clean()
         model = make(**MODELS[name])
         if GPU:
-            model.compile()
+            compile_blocks(model)
         alone[name] = batch * SHAPE["seq_len"] / seconds(stepper(model, model, batch))
         del model
-    join()
-    train.say(
-        f"\n{n} x {torch.cuda.get_device_name() if GPU else 'CPU'}, torch {torch.__version__}"
-    )
-    train.say(
-        "model                way   batch a GPU   tokens/s  efficiency  memory  communication"
-    )
+    ranks.init_distributed(DEVICE)
+    say(f"\n{n} x {torch.cuda.get_device_name() if GPU else 'CPU'}, torch {torch.__version__}")
+    say("model                way   batch a GPU   tokens/s  efficiency     memory  communication")
     for name in models:
-        train.say(f"{name:20} alone {batch:11} {alone[name]:10,.0f}")
+        say(f"{name:20} alone {batch:11} {alone[name]:10,.0f}")
     for size in (batch, batch // n):  # weak scaling, then strong: the same batch in all
         for name in models:
             for fsdp in (False, True):
                 clean()
                 rate, share = scaled(name, fsdp, size)
-                train.say(
+                say(
                     f"{name:20} {'FSDP2' if fsdp else 'DDP':5} {size:11} {rate:10,.0f} "
-                    f"{rate / n / alone[name]:10.2f} {peak_gib():7.1f}G {share:10.1%}"
+                    f"{rate / n / alone[name]:10.2f} {peak_memory():>10} {share:>10}"
                 )
 
 
 def bench_largest() -> None:
     """Under torchrun: a model that FSDP2 trains on these GPUs and that one of them can't hold."""
     shape = {"dim": 1024, "n_layers": 24, "n_heads": 16, "n_kv_heads": 8, "hidden_dim": 1408}
-    shape |= (
-        {"n_experts": 32 * train.RANKS.world}
-        if GPU
-        else {"dim": 128, "n_heads": 2, "n_kv_heads": 2}
-    )
+    shape |= {"n_experts": 32 * ranks.WORLD}
+    if not GPU:
+        shape |= {"dim": 128, "n_heads": 2, "n_kv_heads": 2, "n_experts": 4}
+    if SMALLEST:
+        shape |= {"n_layers": 1, "hidden_dim": 64}
     settings = train.TrainConfig(device=DEVICE, dtype=SETTINGS.dtype, fsdp=True)
     clean()
     model = make("meta", **shape)
     total, active = lamoe.count_parameters(model)["all"]
     model.to = lambda device: model.to_empty(device=device)
-    parallel, c = train.spread(model, settings), model.config
+    parallel, c = ranks.parallelize(model, settings), model.config
     with torch.no_grad():
         model.cos, model.sin = (t.to(DEVICE) for t in lamoe.rope_table(64, c.seq_len, c.rope_theta))
         for weight in model.parameters():
             weight.normal_(std=0.02) if weight.dim() > 1 else weight.fill_(1.0)
     step = stepper(model, parallel, 4)
-    rate = 4 * c.seq_len * train.RANKS.world / seconds(step, 3, 1)
-    train.say(
-        f"largest: {total / 1e9:.2f}B parameters, {active / 1e9:.2f}B active, batch 4 a GPU: "
-        f"{rate:,.0f} tokens/s, {peak_gib():.0f} GiB a GPU; with gradients and moments it takes "
-        f"{16 * total / 2**30:.0f} GiB in all"
+    rate = 4 * c.seq_len * ranks.WORLD / seconds(step, min(3, ROUNDS), 1)
+    say(
+        f"largest: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, batch 4 a GPU: "
+        f"{rate:,.0f} tokens/s, memory {peak_memory()} a GPU; with gradients and moments it takes "
+        f"{16 * total / 2**30:.3g} GiB in all"
     )
 
 
-def scaled(name: str, fsdp: bool, size: int) -> tuple[float, float]:
+def scaled(name: str, fsdp: bool, size: int) -> tuple[float, str]:
     """(tokens/s of all ranks, time in NCCL kernels over the time of a step, overlapped or not)."""
     model = make("cpu" if fsdp else DEVICE, **MODELS[name])
     settings = train.TrainConfig(device=DEVICE, dtype=SETTINGS.dtype, fsdp=fsdp)
-    parallel = train.spread(model, settings)
+    parallel = ranks.parallelize(model, settings)
     if GPU:
-        model.compile()
+        compile_blocks(model)
     step = stepper(model, parallel, size)
     took = seconds(step)
-    activities = [
-        torch.profiler.ProfilerActivity.CUDA if GPU else torch.profiler.ProfilerActivity.CPU
-    ]
-    with torch.profiler.profile(activities=activities) as profile:
+    rate = size * SHAPE["seq_len"] * ranks.WORLD / took
+    if not GPU:
+        return rate, "-"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         wait()
     kernels = [e for e in profile.key_averages() if "ncclDevKernel" in e.key]
     talking = sum(e.self_device_time_total for e in kernels) / 1e6
-    return size * SHAPE["seq_len"] * train.RANKS.world / took, talking / took
+    return rate, f"{talking / took:.1%}"
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["train", "routers", "layer", "generate", "peers"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    tables = ["train", "routers", "layer", "generate", "peers"]
+    several_gpus = ["scaling", "largest"]
+    parser.add_argument("tables", nargs="*", help=", ".join([*tables, *several_gpus]))
+    parser.add_argument("--smallest", action="store_true", help="to see whether it runs")
+    wanted = parser.parse_args().tables or tables
+    if unknown := {*wanted} - {*tables, *several_gpus}:
+        parser.error(f"no such table: {', '.join(unknown)}")
     if "scaling" in wanted or "largest" in wanted:
         return several(wanted)
     where = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
     peak, bandwidth = ceilings()
     print(f"{where}, torch {torch.__version__}")
-    print(f"matrix product {peak / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s", flush=True)
+    print(f"matrix product {peak / 1e12:.2f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s", flush=True)
     if "train" in wanted:
         bench_train(peak)
     if "routers" in wanted:

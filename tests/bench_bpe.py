@@ -1,9 +1,9 @@
 """Prints how bpe.py compares with rustbpe and tiktoken: ratios, both sides timed in one process.
 
-    RAYON_NUM_THREADS=1 python tests/bench_bpe.py [FILE ...] [--vocab_size 16384]
+    RAYON_NUM_THREADS=1 python tests/bench_bpe.py [FILE ...] [--vocab_size 16384] [--rounds 5]
 
 Without files, it gathers some 60 MB of sources and texts of this machine. One text in ten is held
-out: encoding is measured on those, first cold (nothing cached), then warm (median of five).
+out: encoding is measured on those, first cold (nothing cached), then warm (median of the rounds).
 
     python tests/bench_bpe.py --fuzz 1000000
 
@@ -58,12 +58,13 @@ def gather(paths, limit=66_000_000):
 
 
 def bench_bpe(texts, vocab_size=16384, rounds=5):
-    """Prints one line per promise: our time or speed over theirs."""
+    """Prints our times and speeds, and theirs."""
     import rustbpe
 
     import bpe
+    from data.foreign import to_tiktoken
 
-    n = len(texts) // 10
+    n = len(texts) // 10 or 1
     held_out, train = texts[:n], texts[n:]
     n_bytes = sum(len(text.encode()) for text in held_out)
     mb = sum(len(text.encode()) for text in train) / 1e6
@@ -72,11 +73,11 @@ def bench_bpe(texts, vocab_size=16384, rounds=5):
         lambda: rust.train_from_iterator(iter(train), vocab_size - 1, pattern=bpe.PATTERN)
     )
     ours, tok = seconds(lambda: bpe.Tokenizer.train(train, vocab_size))
-    same = [bytes(b) for b, _ in rust.get_mergeable_ranks()] == list(tok._tokens[:-1])
+    same = [bytes(b) for b, _ in rust.get_mergeable_ranks()] == list(tok.tokens[:-1])
     print(f"train {mb:.0f} MB, {vocab_size} ids: {ours:.1f} s, rustbpe {theirs:.1f} s: ", end="")
     print(f"{ours / theirs:.2f} x the time, merges equal: {same}")
 
-    encoding = tok.to_tiktoken()
+    encoding = to_tiktoken(tok)
     ways = {
         "tiktoken": lambda: [encoding.encode_ordinary(text) for text in held_out],
         "encode": lambda: [tok.encode(text) for text in held_out],
@@ -91,7 +92,7 @@ def bench_bpe(texts, vocab_size=16384, rounds=5):
         other, _ = seconds(ways[name])
         print(f"{name} warmed on other text: {n_bytes / other / 1e6:.1f} MB/s")
     times = {name: [] for name in ways}
-    for _ in range(rounds):  # interleaved: noise of the machine hits all alike
+    for _ in range(rounds):  # interleaved, so that noise of the machine meets all alike
         for name, way in ways.items():
             times[name].append(seconds(way)[0])
     speed = {name: n_bytes / statistics.median(t) / 1e6 for name, t in times.items()}
@@ -184,12 +185,14 @@ def fuzz(n, texts, vocab_size):
     from transformers import AutoTokenizer
 
     import bpe
+    from data.foreign import to_tiktoken, tokenizer_files
 
     tok = bpe.Tokenizer.train(texts, vocab_size)
     with tempfile.TemporaryDirectory() as folder:
-        tok.save_hf(folder)
+        for name, text in tokenizer_files(tok).items():
+            Path(folder, name).write_text(text, encoding="utf-8")
         auto = AutoTokenizer.from_pretrained(folder)
-    encoding, rng, same, size, start = tok.to_tiktoken(), random.Random(0), 0, 0, time.time()
+    encoding, rng, same, size, start = to_tiktoken(tok), random.Random(0), 0, 0, time.time()
     for done in range(0, n, 1000):
         strings = [fuzz_text(rng) for _ in range(min(1000, n - done))]
         for text, ids in zip(strings, auto(strings)["input_ids"], strict=True):
@@ -206,9 +209,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*")
     parser.add_argument("--vocab_size", type=int, default=16384)
+    parser.add_argument("--rounds", type=int, default=5, help="for the median of warm encoding")
     parser.add_argument("--fuzz", type=int, metavar="N", help="compare ids of N random strings")
     args = parser.parse_args()
     if args.fuzz:
         fuzz(args.fuzz, gather(args.files, 5_000_000), args.vocab_size)
     else:
-        bench_bpe(gather(args.files), args.vocab_size)
+        bench_bpe(gather(args.files), args.vocab_size, args.rounds)

@@ -24,23 +24,24 @@ def main():
     parser.add_argument("file")
     parser.add_argument("--vocab_size", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=3)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         datasets.CACHE = Path(folder)
         start = time.process_time()
-        side = datasets.read(asked.file).train
+        side = datasets.read(args.file).train
         seconds = time.process_time() - start
-        print(f"reading, hashing, splitting: {side.n_bytes / 1e6 / seconds:.0f} MB/s")
-        tokenizer, documents = Tokenizer.train(side, asked.vocab_size), list(side)
-        times = {"to disk": [], "encode_array": []}
-        for i in range(asked.rounds):
-            for name, ours in (("to disk", True), ("encode_array", False)):
+        print(f"reading, hashing, splitting: {side.n_bytes / 1e6 / seconds:.1f} MB/s")
+        tokenizer, documents = Tokenizer.train(side, args.vocab_size), list(side)
+        ways = {
+            "to disk": lambda i: tokens.encode(side, tokenizer, Path(folder) / f"{i}.ids"),
+            "encode_array": lambda i: tokenizer.encode_array(documents),
+        }
+        times = {name: [] for name in ways}
+        for i in range(args.rounds):
+            for name, way in ways.items():
                 tokenizer._packed.clear()
                 start = time.process_time()
-                if ours:
-                    tokens.encode(side, tokenizer, Path(folder) / f"{i}.ids")
-                else:
-                    tokenizer.encode_array(documents)
+                way(i)
                 times[name].append(time.process_time() - start)
     speed = {name: side.n_bytes / 1e6 / statistics.median(t) for name, t in times.items()}
     for name, mb in speed.items():

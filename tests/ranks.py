@@ -12,10 +12,11 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from tiny_run import at_training_step, call, press_ctrl_c  # noqa: E402
 
 import train  # noqa: E402
+from data.run import ranks  # noqa: E402
 
 
 def main() -> None:
-    train.dist.destroy_process_group = lambda: None  # all runs go through one group
+    ranks.dist.destroy_process_group = lambda: None  # all runs go through one group
     for line in Path("runs.txt").read_text().splitlines():
         interrupt_at, *flags = line.split()
         pressing = contextlib.nullcontext()

@@ -12,10 +12,10 @@ import pytest
 from conftest import encode, random_model, small_config
 from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
 
-import lamoe
 import train
 from bpe import Tokenizer
-from data import datasets, logs
+from data import datasets, tokens
+from data.run import checkpoint, log, pictures
 
 EOT = "<|endoftext|>"
 
@@ -53,16 +53,16 @@ def test_the_loss_by_source_is_the_loss_on_its_documents_alone():
     corpus = datasets.read(MIXTURE)
     tokenizer = Tokenizer.train(corpus.train, 300)
     settings = train.TrainConfig(device="cpu", dtype="fp32", tokenizer="bytes")
-    data = train.load_data(settings, {"seq_len": 16, "vocab_size": 0}, None, corpus)
-    tokenizer, config = data.tokenizer, small_config(vocab_size=257)
-    model = random_model(config)
+    config = small_config(vocab_size=257)
+    data = train.load_data(settings, config, corpus)
+    tokenizer, model = data.tokenizer, random_model(config)
 
     def score(ids, kinds=None):
         spans = train.windows(ids, tokenizer.eot, 16)
-        return train.evaluate(model, ids, spans, tokenizer, settings, kinds)
+        return train.evaluate(model, data._replace(val_ids=ids, spans=spans), settings, kinds)
 
-    together = train.by_source(score(data.val_ids, data.source_of_byte), data)
-    assert list(together) == [f"val_bpb_{name}" for name in NAMES]
+    together = log.by_source(score(data.val_ids, data.source_of_byte), data)
+    assert list(together) == NAMES
     of = [corpus.sources[i] for i in corpus.val.sources]
     for name in corpus.sources:
         alone = [text for text, source in zip(corpus.val, of, strict=True) if source == name]
@@ -70,7 +70,7 @@ def test_the_loss_by_source_is_the_loss_on_its_documents_alone():
         assert np.sum(data.source_of_byte == corpus.sources.index(name)) == n_bytes
         # documents begin windows of their own only where they fit: the context differs a little
         expected = score(encode(tokenizer, alone)).bits_per_byte
-        assert together[f"val_bpb_{name}"] == pytest.approx(expected, rel=0.05)
+        assert together[name] == pytest.approx(expected, rel=0.05)
     total = np.bincount(data.source_of_byte) @ list(together.values())
     everything = score(data.val_ids).bits_per_byte
     assert total / len(data.source_of_byte) == pytest.approx(everything, rel=1e-9)
@@ -79,8 +79,9 @@ def test_the_loss_by_source_is_the_loss_on_its_documents_alone():
 def test_a_source_without_validation_text_has_no_column():
     score = train.Score(1.0, 1.0, np.array([8.0, 4.0, 0.0]))
     corpus = datasets.Corpus("x", "", "", list("abcde"), None, None)
-    data = train.Data(None, None, corpus, None, None, None, np.array([0, 0, 1, 1]))
-    assert train.by_source(score, data) == {"val_bpb_a": 4.0, "val_bpb_b": 2.0}
+    data = train.Data(None, None, corpus, None, None, np.array([0, 0, 1, 1]))
+    columns = {"val_loss": 1.0, "val_bits_per_byte": 1.0, "val_bpb_a": 4.0, "val_bpb_b": 2.0}
+    assert log.columns_of_score(score, data) == columns
 
 
 def test_a_mixture_logs_and_shows_the_loss_of_each_source(capsys):
@@ -142,7 +143,7 @@ def test_the_column_of_a_table_is_a_flag_and_kept(capsys):
 
 
 def test_a_large_text_teaches_the_tokenizer_by_a_part_of_it_and_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(train, "SAMPLE", 500)
+    monkeypatch.setattr(tokens, "SAMPLE", 500)
     learned = []
     real = Tokenizer.train
     monkeypatch.setattr(
@@ -261,9 +262,9 @@ def test_a_finished_run_whose_log_lost_its_rows_still_ends_as_it_should(drawn, r
 
 
 def test_the_line_of_text_is_as_high_as_the_values():
-    assert logs.sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == "▁▂▃▄▅▆▇█"
-    assert logs.sparkline([5.0, 5.0]) == "▁▁"
-    assert len(logs.sparkline(list(range(1000)))) == 60
+    assert pictures.sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == "▁▂▃▄▅▆▇█"
+    assert pictures.sparkline([5.0, 5.0]) == "▁▁"
+    assert len(pictures.sparkline(list(range(1000)))) == 60
 
 
 # ---------------------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ def mlflow(monkeypatch):
 
 def test_mlflow_gets_the_configuration_each_row_the_picture_and_the_checkpoint(mlflow, pyplot):
     assert start("run", "--steps 4 --log_every 1 --eval_every 2 --track mlflow") == 0
-    saved = lamoe.read("run/last.pt")
+    saved = checkpoint.read("run/last.pt")
     assert mlflow.params == {**saved["train_config"], **saved["config"]}
     assert mlflow.runs == [(None, "run")] and mlflow.ended == 1
     assert mlflow.uri == Path("mlruns").resolve().as_uri()
@@ -349,7 +350,7 @@ def test_without_mlflow_or_its_store_nothing_is_trained(missing, mlflow, monkeyp
     mlflow.fails = ("start_run",)
     if missing:
         monkeypatch.setitem(sys.modules, "mlflow", None)
-    with mock.patch.object(train, "update", side_effect=AssertionError("it trained")):
+    with mock.patch.object(train, "train", side_effect=AssertionError("it trained")):
         assert start("run", "--steps 1 --track mlflow") == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "mlflow" in message

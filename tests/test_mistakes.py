@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,11 @@ from conftest import random_model, small_config
 from tiny_run import TINY, call, make_text
 
 import bpe
-import lamoe
 import sample
 import train
 from bpe import Tokenizer
 from data import datasets
+from data.run import checkpoint
 
 ROOT = Path(train.__file__).parent
 PROGRAMS = {"train.py": train, "sample.py": sample}
@@ -200,16 +201,16 @@ def make_checkpoints():
     config, state = dataclasses.asdict(model.config), model.state_dict()
     good = {"config": config, "model": state, "tokenizer": Tokenizer([]).state()}
     merges = {**good["tokenizer"], "merges": [[97, 98], [98, 99], [99, 100]]}
-    lamoe.save("good.pt", good)
-    lamoe.save("list.pt", [1, 2, 3])
-    lamoe.save("other.pt", {"state_dict": state, "epoch": 3})
-    lamoe.save("field.pt", {**good, "config": {**config, "wings": 2}})
-    lamoe.save("shape.pt", {**good, "config": {**config, "hidden_dim": 13}})
-    lamoe.save("value.pt", {**good, "config": {**config, "dim": 15}})
-    lamoe.save("mismatch.pt", {**good, "tokenizer": merges})
-    lamoe.save("merges.pt", {**good, "tokenizer": {**merges, "merges": [[97, 900]]}})
-    lamoe.save("pattern.pt", {**good, "tokenizer": {**merges, "pattern": "."}})
-    lamoe.save("untokenized.pt", {"config": config, "model": state})
+    checkpoint.save("good.pt", good)
+    checkpoint.save("list.pt", [1, 2, 3])
+    checkpoint.save("other.pt", {"state_dict": state, "epoch": 3})
+    checkpoint.save("field.pt", {**good, "config": {**config, "wings": 2}})
+    checkpoint.save("shape.pt", {**good, "config": {**config, "hidden_dim": 13}})
+    checkpoint.save("value.pt", {**good, "config": {**config, "dim": 15}})
+    checkpoint.save("mismatch.pt", {**good, "tokenizer": merges})
+    checkpoint.save("merges.pt", {**good, "tokenizer": {**merges, "merges": [[97, 900]]}})
+    checkpoint.save("pattern.pt", {**good, "tokenizer": {**merges, "pattern": "."}})
+    checkpoint.save("untokenized.pt", {"config": config, "model": state})
     torch.save({"config": config, "model": Code()}, "code.pt")
     whole = Path("good.pt").read_bytes()
     Path("damaged.pt").write_bytes(whole[: len(whole) // 2])
@@ -309,7 +310,7 @@ def test_each_mistake_gets_one_line_with_cause_and_remedy(line, workplace, capsy
         (train, []),
         (sample, ["a"]),
         (bpe, ["a"]),
-        (lamoe, ["export", "a", "b"]),
+        (import_module("data.exchange.export"), ["a", "b"]),
         (datasets, ["bbc"]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -411,9 +412,9 @@ def follow(program, words, message):
     return None
 
 
-def stop_at_once(run, stop, loop=train.loop):
+def stop_at_once(run, stop, training=train.train):
     stop.append(signal.SIGINT)
-    loop(run, stop)
+    training(run, stop)
 
 
 def obey(line, capsys):
@@ -445,7 +446,7 @@ def test_the_remedies_of_more_than_sixty_mistakes_work(folder, monkeypatch, caps
     monkeypatch.setattr(datasets.stories, "write", lambda cache: write(cache, **small))
     monkeypatch.setattr(datasets, "SETS", folder / "sets")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(train, "loop", stop_at_once)
+    monkeypatch.setattr(train, "train", stop_at_once)
     monkeypatch.setattr(os, "fsync", lambda file: None)  # faster
     monkeypatch.setattr("sys.stdin", io.StringIO("exit\n"))
     there, mended = set(Path().iterdir()), []

@@ -30,6 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bpe
 import lamoe
+from data import exchange
+from data.run import checkpoint as checkpoints
 
 
 def spy_on(function, calls):
@@ -130,7 +132,7 @@ def test_rope_turns_pairs_of_halves_as_complex_numbers(K, theta, start):
             angle = torch.tensor((start + t) * theta ** (-2 * i / K), dtype=torch.float64)
             pairs[:, :, t, i] *= torch.polar(torch.ones_like(angle), angle)
     expected = torch.cat((pairs.real, pairs.imag), dim=-1)
-    assert_close(lamoe.rotate(x_BHTK, cos, sin), expected, 1e-5)
+    assert_close(lamoe.apply_rope(x_BHTK, cos, sin), expected, 1e-5)
 
 
 @given(t=st.integers(0, 30), s=st.integers(0, 30), shift=st.integers(0, 33), seed=seeds)
@@ -139,7 +141,7 @@ def test_rotated_products_depend_on_the_distance_alone(t, s, shift, seed):
     cos, sin = lamoe.rope_table(8, 64, 10_000.0)
 
     def product(t, s):
-        return (lamoe.rotate(q, cos[t], sin[t]) * lamoe.rotate(k, cos[s], sin[s])).sum()
+        return (lamoe.apply_rope(q, cos[t], sin[t]) * lamoe.apply_rope(k, cos[s], sin[s])).sum()
 
     assert math.isclose(product(t, s), product(t + shift, s + shift), abs_tol=1e-4)
 
@@ -165,20 +167,24 @@ def random_qkv(B, T, H, G, K, past, seed, dtype=torch.float32):
 @example(shape=(2, 3, 4, 2, 6, 5), seed=0)  # several steps at once
 def test_gqa_equals_attention_with_repeated_heads(dtype, tolerance, shape, seed):
     q, k, v = random_qkv(*shape, seed, dtype)
-    ours = lamoe.attend(q, k, v)
-    assert ours.dtype == dtype
-    assert_close(ours, explicit_attention(q.double(), k.double(), v.double()), tolerance)
+    for attention in (lamoe.plain_attention, lamoe.fused_attention):
+        ours = attention(q, k, v)
+        assert ours.dtype == dtype
+        assert_close(ours, explicit_attention(q.double(), k.double(), v.double()), tolerance)
 
 
 @given(shape=attention_shapes(), seed=seeds)
-def test_bf16_cpu_attention_equals_sdpa(shape, seed):
+def test_plain_attention_in_bf16_equals_sdpa(shape, seed):
     """On a CPU bf16 takes three lines of our own instead of torch's kernel; gradients too."""
     T, H, past = shape[1], shape[2], shape[5]
     ours = [x.requires_grad_() for x in random_qkv(*shape, seed, torch.bfloat16)]
     exact = [x.detach().float().requires_grad_() for x in ours]
     k, v = (x.repeat_interleave(H // shape[3], dim=1) for x in exact[1:])
     mask_TS = torch.ones(T, past + T, dtype=torch.bool).tril(past)
-    y, y_exact = lamoe.attend(*ours), F.scaled_dot_product_attention(exact[0], k, v, mask_TS)
+    y, y_exact = (
+        lamoe.plain_attention(*ours),
+        F.scaled_dot_product_attention(exact[0], k, v, mask_TS),
+    )
     assert_close(y, y_exact, 3e-2)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     grads = torch.autograd.grad((y * upstream).sum(), ours)
@@ -381,7 +387,10 @@ def test_blocks_start_as_the_identity():
     model = lamoe.LaMoE(small_config())
     x_BTD = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
     for block in model.blocks:
-        assert torch.equal(block(x_BTD, model.cos[:5], model.sin[:5])[0], x_BTD)
+        y_BTD, _ = block(
+            x_BTD, None, model.cos[:5], model.sin[:5], lamoe.pick_kernels(x_BTD, model.config)
+        )
+        assert torch.equal(y_BTD, x_BTD)
     started = {name.split(".", 2)[-1] for name, w in model.named_parameters() if w.any()}
     assert {"attn.q_proj.weight", "ffn.router.weight", "ffn.experts.gate_up_proj"} <= started
 
@@ -433,7 +442,7 @@ def test_dropout_leaves_out_what_layers_add_in_training_only():
     block = model.blocks[0]
     block.attn.forward = lambda x, *rest: torch.ones_like(x)
     block.ffn.forward = torch.zeros_like
-    added_BTD, _ = block(torch.zeros(8, 64, model.config.dim), None, None)
+    added_BTD, _ = block(torch.zeros(8, 64, model.config.dim), None, None, None, (None, None))
     assert set(added_BTD.unique().tolist()) == {0.0, 2.0} and 0.9 < added_BTD.mean() < 1.1
     embedded = []
     block.forward = lambda x_BTD, *rest: (embedded.append(x_BTD), (x_BTD, None))[1]
@@ -480,15 +489,19 @@ def test_bf16_autocast_stays_near_fp32():
 def test_own_products_and_the_cache_follow_autocast(monkeypatch):
     """A cache in fp32 under bf16 would be twice as large, and experts in fp32 far slower."""
     model, made = random_model(small_config()), []
-    monkeypatch.setattr(lamoe.CacheLayer, "append", spy_on(lamoe.CacheLayer.append, made))
-    monkeypatch.setattr(lamoe, "dispatch", spy_on(lamoe.dispatch, made))
+    monkeypatch.setattr(lamoe.Cache, "append", spy_on(lamoe.Cache.append, made))
+    monkeypatch.setattr(lamoe, "plain_moe", spy_on(lamoe.plain_moe, made))
     for enabled, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             next(model.generate(torch.tensor([[1, 2]]), 1))
-        caches = [args[0] for args in made if isinstance(args[0], lamoe.CacheLayer)]
+        caches = [args[0] for args in made if isinstance(args[0], lamoe.Cache)]
         rows = [args[1] for args in made if isinstance(args[0], lamoe.Experts)]
         assert len(caches) == len(rows) == model.config.n_layers
-        assert {cache.k_BGSK.dtype for cache in caches} == {x_ND.dtype for x_ND in rows} == {dtype}
+        assert (
+            {k.dtype for cache in caches for k, _ in cache.layers}
+            == {x_ND.dtype for x_ND in rows}
+            == {dtype}
+        )
         made.clear()
 
 
@@ -577,11 +590,16 @@ def test_generate_wants_evaluation_mode():
         next(counting_model().train().generate(torch.tensor([[0]]), 1))
 
 
-def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
-    logits_BV = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
-    seen_BV = torch.tensor([[True, True, False, False]])
-    assert lamoe.penalize(logits_BV, seen_BV, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
-    assert torch.equal(lamoe.penalize(logits_BV, seen_BV, 1.0), logits_BV)
+@pytest.mark.parametrize("penalty, kept", [(2.0, [1.0, -4.0, 2.0, -2.0]), (1.0, [2.0, -2.0] * 2)])
+def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens(
+    penalty, kept, monkeypatch
+):
+    """Tokens 0 and 1 are seen, 2 and 3 are not."""
+    calls = []
+    monkeypatch.setattr(lamoe, "sample", spy_on(lamoe.sample, calls))
+    step = lamoe.Step(counting_model(vocab_size=4), 1, 8, (0,), penalty, None)
+    step.pick(torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[0, 1]]))
+    assert calls[0][0].tolist() == [kept]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -607,7 +625,7 @@ temperatures = st.floats(0.5, 2.0)
 def test_top_k_keeps_the_k_most_likely(seed, temperature, k):
     logits_BV = random_logits(seed)
     rank_BV = logits_BV.argsort(descending=True).argsort()
-    drawn_BV = lamoe.likely(logits_BV, temperature=temperature, top_k=k)
+    drawn_BV = lamoe.filter_logits(logits_BV, temperature=temperature, top_k=k)
     assert_cut(drawn_BV, (logits_BV / temperature).softmax(-1), rank_BV < k)
 
 
@@ -616,7 +634,7 @@ def test_min_p_keeps_a_share_of_the_most_likely(seed, temperature, min_p):
     """Measured after temperature: hotter text keeps more."""
     probs_BV = (random_logits(seed) / temperature).softmax(-1)
     kept_BV = probs_BV >= min_p * probs_BV.amax(-1, keepdim=True)
-    drawn_BV = lamoe.likely(random_logits(seed), temperature=temperature, min_p=min_p)
+    drawn_BV = lamoe.filter_logits(random_logits(seed), temperature=temperature, min_p=min_p)
     assert_cut(drawn_BV, probs_BV, kept_BV)
 
 
@@ -632,7 +650,9 @@ def test_top_p_keeps_the_fewest_that_reach_it(seed, temperature, top_p):
             if mass >= top_p:
                 break
     assert_cut(
-        lamoe.likely(random_logits(seed), temperature=temperature, top_p=top_p), probs_BV, kept_BV
+        lamoe.filter_logits(random_logits(seed), temperature=temperature, top_p=top_p),
+        probs_BV,
+        kept_BV,
     )
 
 
@@ -645,10 +665,10 @@ def test_top_p_keeps_the_fewest_that_reach_it(seed, temperature, top_p):
 def test_filters_together_never_leave_nothing(seed, k, min_p, top_p):
     """They only ever cut, and the most likely token survives all of them."""
     logits_BV = random_logits(seed)
-    drawn_BV = lamoe.likely(logits_BV, top_k=k, min_p=min_p, top_p=top_p)
+    drawn_BV = lamoe.filter_logits(logits_BV, top_k=k, min_p=min_p, top_p=top_p)
     assert torch.equal(drawn_BV.argmax(-1), logits_BV.argmax(-1))
     for alone in (dict(top_k=k), dict(min_p=min_p)):
-        assert not (drawn_BV > 0)[lamoe.likely(logits_BV, **alone) == 0].any()
+        assert not (drawn_BV > 0)[lamoe.filter_logits(logits_BV, **alone) == 0].any()
 
 
 @pytest.mark.parametrize(
@@ -662,12 +682,12 @@ def test_filters_together_never_leave_nothing(seed, k, min_p, top_p):
 )
 def test_the_strictest_filter_leaves_the_most_likely(most):
     best_BV = torch.eye(12)[random_logits(0).argmax(-1)]
-    assert torch.equal(lamoe.likely(random_logits(0), **most), best_BV)
+    assert torch.equal(lamoe.filter_logits(random_logits(0), **most), best_BV)
 
 
 @pytest.mark.parametrize("idle", [dict(top_k=12), dict(top_k=99), dict(top_p=1.0), dict(min_p=0.0)])
 def test_idle_filters_change_nothing(idle):
-    assert_close(lamoe.likely(random_logits(0), **idle), random_logits(0).softmax(-1), 1e-6)
+    assert_close(lamoe.filter_logits(random_logits(0), **idle), random_logits(0).softmax(-1), 1e-6)
 
 
 @given(seed=seeds)
@@ -722,11 +742,13 @@ def test_dense_parameters_are_all_active_but_the_embedding():
 @pytest.mark.parametrize(
     "changes", [dict(), dict(n_experts=6, top_k=3, head_dim=6), dict(n_experts=1)]
 )
-def test_flops_equal_what_torch_counts(changes):
+def test_flops_equal_what_torch_counts(changes, monkeypatch):
     """torch counts the masked half of attention as well, and no gradient for ids."""
     c = small_config(seq_len=8, **changes)
-    model = random_model(c).double()  # float64 takes the path whose products torch can count
+    model = random_model(c)
     ids_BT = random_ids(c, 3, 8)
+    plain = (lamoe.plain_attention, lamoe.plain_moe)  # whose products torch can count
+    monkeypatch.setattr(lamoe, "pick_kernels", lambda x, c: plain)
     with warnings.catch_warnings(), FlopCounterMode(display=False) as counter:
         warnings.simplefilter("ignore")
         model(ids_BT, ids_BT).loss.backward()
@@ -745,14 +767,14 @@ def checkpoint_of(model, **more):
 
 def saved(tmp_path, checkpoint):
     path = tmp_path / "model.pt"
-    lamoe.save(path, checkpoint)
+    checkpoints.save(path, checkpoint)
     return path
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(n_experts=1), dict(tie_embeddings=True)])
 def test_load_gives_back_what_was_saved(tmp_path, changes):
     model = random_model(small_config(qk_norm=True, head_dim=6, **changes)).train()
-    loaded, tokenizer = lamoe.load(saved(tmp_path, checkpoint_of(model)))
+    loaded, tokenizer = exchange.load(saved(tmp_path, checkpoint_of(model)))
     assert loaded.config == model.config and tokenizer is None and not loaded.training
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, weight in model.state_dict().items():
@@ -765,17 +787,17 @@ def test_the_tokenizer_travels_with_the_model(tmp_path):
     trained = bpe.Tokenizer.train(["a cat and a hat and a bat"] * 9, 262)
     model = random_model(small_config(vocab_size=trained.vocab_size))
     path = saved(tmp_path, checkpoint_of(model, tokenizer=trained.state()))
-    assert lamoe.load(path)[1].encode("a hat") == trained.encode("a hat")
+    assert exchange.load(path)[1].encode("a hat") == trained.encode("a hat")
     other = random_model(small_config(vocab_size=trained.vocab_size + 1))
     path = saved(tmp_path, checkpoint_of(other, tokenizer=trained.state()))
     with pytest.raises(ValueError, match=f"{trained.vocab_size} tokens.*{trained.vocab_size + 1}"):
-        lamoe.load(path)
+        exchange.load(path)
 
 
 def assert_refused(path, message):
     """One line that names the file."""
     with pytest.raises(ValueError, match=message) as error:
-        lamoe.load(path)
+        exchange.load(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -854,8 +876,8 @@ def test_save_is_atomic(tmp_path, broken):
         raise OSError("No space left on device")
 
     with mock.patch(broken, fail), pytest.raises(OSError, match="No space"):
-        lamoe.save(path, {"config": {}, "model": {}, "step": 2})
-    assert lamoe.read(path)["step"] == 1
+        checkpoints.save(path, {"config": {}, "model": {}, "step": 2})
+    assert checkpoints.read(path)["step"] == 1
     assert os.listdir(tmp_path) == ["model.pt"]
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
 
-import lamoe
 import train
+from data import exchange
+from data.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 CASES = {  # flags beyond the common ones
@@ -89,7 +90,7 @@ def test_balance_is_that_of_all_ranks(runs, name):
 
 def test_the_bias_moves_with_the_load_of_all_ranks(runs):
     """Each rank sees half of the tokens; a bias of its own half would soon differ."""
-    models = [lamoe.read(runs / f"deepseek-{n}" / "last.pt")["model"] for n in (1, 2)]
+    models = [checkpoint.read(runs / f"deepseek-{n}" / "last.pt")["model"] for n in (1, 2)]
     biases = [{k: v for k, v in model.items() if k.endswith("bias")} for model in models]
     assert biases[0].keys() == biases[1].keys() and len(biases[0]) == 2
     for name, bias in biases[0].items():
@@ -98,7 +99,7 @@ def test_the_bias_moves_with_the_load_of_all_ranks(runs):
 
 @pytest.mark.parametrize("name", ["topk", "topk-fsdp"])
 def test_shards_are_saved_whole(runs, name):
-    one, two = (lamoe.read(runs / run / "last.pt") for run in ("topk-1", f"{name}-2"))
+    one, two = (checkpoint.read(runs / run / "last.pt") for run in ("topk-1", f"{name}-2"))
     assert one["model"].keys() == two["model"].keys()
     for key, weight in one["model"].items():
         assert type(two["model"][key]) is torch.Tensor and two["model"][key].shape == weight.shape
@@ -108,7 +109,7 @@ def test_shards_are_saved_whole(runs, name):
         for i, state in mine["state"].items():
             shapes = [{k: v.shape for k, v in s.items()} for s in (state, theirs["state"][i])]
             assert shapes[0] == shapes[1]
-    lamoe.load(runs / f"{name}-2" / "best.pt")
+    exchange.load(runs / f"{name}-2" / "best.pt")
 
 
 @pytest.mark.parametrize("name", ["topk-then-1", "topk-fsdp-then-1", "topk-then-2"])
@@ -138,8 +139,8 @@ def test_a_dead_rank_ends_the_run_with_a_clear_line(tmp_path):
     (tmp_path / "text.txt").write_text(make_text())
     (tmp_path / "die.py").write_text(
         f"import sys, os; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import train, tiny_run, signal, time\n"
-        "with tiny_run.at_training_step(5, lambda: train.RANKS.rank and os._exit(9)):\n"
+        "import train, tiny_run, signal\n"
+        "with tiny_run.at_training_step(5, lambda: train.ranks.RANK and os._exit(9)):\n"
         "    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # let the other find out by itself\n"
         "    train.main()\n"
     )

@@ -1,23 +1,32 @@
-"""Every command in a README runs: shortened by flags, on a small text, where nothing else is."""
+"""What a README says is so: its commands run (shortened by flags, on a small text, where nothing
+else is), so does its Python, and what it names is there."""
 
+import math
 import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from tiny_run import TINY, call, make_text
 
 import bpe
-import lamoe
 import sample
 import train
 from data import datasets, stories
+from data.exchange import load
+from data.run import presets
+from data.run.files import first_free
 
+export = import_module("data.exchange.export")
 ROOT = Path(train.__file__).parent
-READMES = [ROOT / folder / "README.md" for folder in ("", "data", "tests/exercises")]
-TEXT = "\n".join(path.read_text(encoding="utf-8") for path in READMES)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = ("data", "data/run", "data/exchange", "tests", "tests/exercises")
+OTHERS = [(ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in FOLDERS]
+PYTHON = "^```python\n(.*?)^```\n"
+TEXT = re.sub(PYTHON, "", "\n".join([README, *OTHERS]), flags=re.M | re.S)
 PROGRAMS = ("python", "torchrun", "pip", "conda", "pytest")
 
 
@@ -38,7 +47,8 @@ COMMANDS = commands()
 
 
 def test_the_readme_holds_all_that_can_be_done():
-    for program in ("train.py", "sample.py", "lamoe.py", "bpe.py", "data/datasets.py"):
+    programs = ("train.py", "sample.py", "data/exchange/export.py", "bpe.py", "data/datasets.py")
+    for program in programs:
         assert any(f"python {program}" in command for command in COMMANDS), program
     assert len(COMMANDS) > 40 and any(command.startswith("pytest") for command in COMMANDS)
 
@@ -97,7 +107,7 @@ def run(program, arguments, monkeypatch, request):
         pytest.importorskip("safetensors")
         arguments = [*arguments, "--steps", "1", "--device", "cpu", "--dtype", "fp32"]
     elif program is train:
-        arguments = [*shortened(arguments), "--out", str(train.logs.first_free("runs/one"))]
+        arguments = [*shortened(arguments), "--out", str(first_free("runs/one"))]
     if program is sample:
         monkeypatch.setattr("builtins.input", lambda *a: "exit")
         arguments = [*arguments, "--device", "cpu", "--max_new_tokens", "4"]
@@ -112,7 +122,7 @@ def exported(workplace):
     pytest.importorskip("safetensors")
     folder = workplace / "exported"
     if not folder.exists():
-        assert call(lamoe, "export", "runs/stories/best.pt", folder) == 0
+        assert call(export, "runs/stories/best.pt", folder) == 0
     return folder
 
 
@@ -123,7 +133,7 @@ def test_every_readme_command_runs(command, workplace, monkeypatch, request):
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
         assert words[1] == "--nproc_per_node" and (ROOT / words[script]).is_file()
         if words[script] == "train.py":
-            train.parse(words[script + 1 :])
+            presets.parse("", train.TrainConfig, words[script + 1 :])
     elif words[0] in ("pip", "conda"):  # .ci/run does; here: the extras exist
         extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
         named = re.findall(r"\[([\w,]+)\]", command)
@@ -140,15 +150,61 @@ def test_every_readme_command_runs(command, workplace, monkeypatch, request):
         names = [word for word in words[2:] if not word.startswith("--")][:1]
         assert all(name in datasets.download.SETS for name in names if name != "NAME")
         assert names or datasets.main([]) in (None, 0)
-    elif words[1].startswith("tests/"):  # they take minutes; here: they can be imported
-        script = f"import runpy; runpy.run_path({str(ROOT / words[1])!r}, run_name='x')"
-        subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT / "tests")
+    elif words[1].startswith("tests/"):  # test_benches.py starts them with their smallest size
+        script = Path(words[1]).name
+        assert (ROOT / words[1]).is_file()
+        assert f'"{script}"' in (ROOT / "tests/test_benches.py").read_text()
+    elif words[1] == "data/exchange/export.py":
+        request.getfixturevalue("exported")
+        names = {"CHECKPOINT": "runs/stories/best.pt", "FOLDER": str(first_free("new"))}
+        assert call(export, *(names.get(word, word) for word in words[2:])) == 0
     else:
-        program = {"train.py": train, "sample.py": sample, "lamoe.py": lamoe, "bpe.py": bpe}[
-            words[1]
-        ]
+        program = {"train.py": train, "sample.py": sample, "bpe.py": bpe}[words[1]]
         if "FOLDER" in words:
             folder = request.getfixturevalue("exported")
-            folder = folder.with_name("new") if program is lamoe else folder
             words = [str(folder) if word == "FOLDER" else word for word in words]
         run(program, words[2:], monkeypatch, request)
+
+
+def test_the_lines_of_python_run(workplace, monkeypatch, capsys):
+    """With a tenth of their steps. What they save is a model, and each token has two experts."""
+    monkeypatch.chdir(workplace)
+    (code,) = re.findall(PYTHON, README, re.M | re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) < 30
+    names = {}
+    exec(code.replace("range(200)", "range(20)"), names)
+    assert names["step"] == 19 and names["out"].loss < 6 < math.log(1024)
+    model, tokenizer = load("tiny.pt")
+    assert model.config == names["model"].config and tokenizer.vocab_size == 1024
+    rows = capsys.readouterr().out.splitlines()[-len(names["sentence"]) :]
+    pairs = r"\[[0-3], [0-3]\]"
+    assert all(re.fullmatch(rf"'.*' \[{pairs}, {pairs}\]", row) for row in rows)
+
+
+@pytest.mark.parametrize("file", ["lamoe.py", "bpe.py", "train.py", "sample.py"])
+def test_the_map_has_the_sections_of_the_file(file):
+    (row,) = re.findall(rf"^\| `{file}` \| (.*) \|$", README, re.M)
+    banners = re.findall(r"^# --- (\d+)\. ", (ROOT / file).read_text(encoding="utf-8"), re.M)
+    assert re.findall(r"\b(\d) ", row) == banners
+
+
+def test_every_message_that_the_readme_explains_is_one_of_the_programs():
+    sources = [
+        path.read_text(encoding="utf-8")
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")]
+    ]
+    table = README.split("| message |")[1].split("\n\n")[0]
+    messages = re.findall(r"`([^`]+)`", " ".join(re.findall(r"^\|([^|]*)\|", table, re.M)))
+    parts = [part.strip() for message in messages for part in message.split("...") if part.strip()]
+    assert len(parts) >= 5
+    for part in parts:
+        assert any(part in source for source in sources), part
+
+
+def test_every_file_named_in_a_readme_is_there_and_every_test_file_is_explained():
+    for text in (README.split("## Credits")[0], *OTHERS):  # the credits name another project's
+        for name in re.findall(r"`([\w/.]+\.(?:py|md))`", text):
+            places = [ROOT / folder / name for folder in ("", *FOLDERS)]
+            assert any(place.is_file() for place in places), name
+    explained = set(re.findall(r"^\| `(test_\w+\.py)` \|", OTHERS[FOLDERS.index("tests")], re.M))
+    assert explained == {path.name for path in (ROOT / "tests").glob("test_*.py")}

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -14,10 +15,8 @@ import torch
 from conftest import random_model, small_config
 from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
 
-import lamoe
 import train
-from data import logs
-from data.tokens import replacing
+from data.run import checkpoint, files, log, machine, ranks, storage
 
 if sys.platform != "linux":
     pytest.skip("forks, /proc and signals of Linux", allow_module_level=True)
@@ -77,9 +76,13 @@ def test_after_a_power_cut_what_was_saved_is_there_and_whole(tmp_path, straight)
 
 
 LEFT_OUT = {
-    "the flush of a folder's entries": (lamoe, "flush_folder", lambda folder: None),
-    "the flush of the run's own entry": (train, "make_folder", lambda run: run.mkdir()),
-    "the flush of the logs": (logs.Log, "flush", lambda log: None),
+    "the flush of a folder's entries": (files, "flush_folder", lambda folder: None),
+    "the flush of the run's own entry": (
+        storage,
+        "make_folder",
+        lambda run: run.mkdir(exist_ok=True),
+    ),
+    "the flush of the logs": (log.Log, "flush", lambda log: None),
 }
 
 
@@ -100,16 +103,16 @@ def test_a_checkpoint_that_is_not_flushed_before_its_rename_would_be_noticed(car
     folder, crashes = tmp_path / "in", tmp_path / "crashes"
     folder.mkdir()
     path, new = folder / "last.pt", {"config": {}, "model": {"a": torch.arange(9.0)}}
-    lamoe.save(path, new)
+    checkpoint.save(path, new)
     with torture.Disk(torture.Platter(folder, crashes)):
         if careless:
             with open(folder / "temporary", "wb") as file:
                 file.write(path.read_bytes())
             os.replace(folder / "temporary", path)
         else:
-            lamoe.save(path, new)
+            checkpoint.save(path, new)
         os.mkdir(folder / "more")  # one more event: what would be left after all that?
-    left = [torture.verdict(lamoe.read, crash / "last.pt") for crash in crashes.iterdir()]
+    left = [torture.verdict(checkpoint.read, crash / "last.pt") for crash in crashes.iterdir()]
     assert len(left) > 2 and any(left) == careless
 
 
@@ -182,7 +185,7 @@ def test_without_a_checkpoint_resume_asks_for_the_flags_instead_of_guessing(work
 
 def test_the_command_with_resume_begins_a_run_that_is_not_there(workplace):
     assert start("--steps", "2", "--resume") == 0
-    assert lamoe.read("run/last.pt")["done"]["step"] == 2
+    assert checkpoint.read("run/last.pt")["done"]["step"] == 2
 
 
 def test_a_checkpoint_that_the_system_does_not_let_us_read_is_not_set_aside(workplace, capsys):
@@ -224,16 +227,16 @@ def test_a_log_that_an_editor_replaced_or_took_away_gets_the_rows_that_follow(wo
 
     with at_training_step(13, replace):
         assert start(*CADENCE) == 0
-    steps = [int(row["step"]) for row in logs.read_csv(Path("run/log.csv"))]
+    steps = [int(row["step"]) for row in log.read_rows(Path("run/log.csv"))]
     assert steps == [s for s in range(1, 21) if s % 3 == 0 or s % 4 == 0]
-    assert {int(row["step"]) for row in logs.read_csv(Path("run/load.csv"))} == {15, 16, 18, 20}
+    assert {int(row["step"]) for row in log.read_rows(Path("run/load.csv"))} == {15, 16, 18, 20}
 
 
 def test_a_clock_that_goes_backwards_changes_nothing(workplace):
     clock = iter(range(10**6, 0, -1000))
     with mock.patch("time.time", lambda: next(clock)):
         assert start("--steps", "4", "--log_every", "1") == 0
-    seconds = [float(row["seconds"]) for row in logs.read_csv(Path("run/log.csv"))]
+    seconds = [float(row["seconds"]) for row in log.read_rows(Path("run/log.csv"))]
     assert seconds == sorted(seconds) and seconds[0] > 0
 
 
@@ -245,7 +248,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(workplace):
 def test_sigterm_saves_and_exits_143(workplace, capsys):
     with at_training_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         assert start(*CADENCE) == 143
-    assert lamoe.read("run/last.pt")["done"]["step"] == 7
+    assert checkpoint.read("run/last.pt")["done"]["step"] == 7
     assert "--resume --out run" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -255,7 +258,7 @@ def test_a_gradient_that_is_not_finite_moves_no_weight(value, workplace, capsys)
     """Of one embedding in one step: the loss stays finite, the norm of the next step too."""
     kept = {}
 
-    def spoil(parameters, most, clip=train.clip):
+    def spoil(parameters, most, clip=ranks.clip_gradients):
         parameters = list(parameters)
         spoil.calls += 1
         if spoil.calls == 7:
@@ -265,33 +268,45 @@ def test_a_gradient_that_is_not_finite_moves_no_weight(value, workplace, capsys)
         return clip(parameters, most)
 
     spoil.calls = 0
-    with mock.patch.object(train, "clip", spoil):
+    with mock.patch.object(ranks, "clip_gradients", spoil):
         assert start(*CADENCE) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "not finite at step 7" in message
     assert "last.pt holds the last good state" in message and "--lr" in message
     assert all(torch.equal(a, b) for a, b in zip(kept["before"], kept["now"], strict=True))
-    assert lamoe.read("run/last.pt")["done"]["step"] == 5
+    assert checkpoint.read("run/last.pt")["done"]["step"] == 5
 
 
-def test_on_a_gpu_it_stays_in_the_meter_until_the_row_that_reports_it():
-    meter = train.Meter(random_model(small_config()))
-    settings = train.TrainConfig(device="cuda", dtype="fp32")  # on a CPU, but never asked
-    ids = torch.zeros(1, 4, dtype=torch.long)
-    with mock.patch.object(train, "clip", lambda *a: torch.tensor(math.inf)):
-        with mock.patch.object(train, "autocast", lambda s: torch.autocast("cpu", enabled=False)):
-            model = random_model(small_config()).train()
-            batches = lambda i, device: (ids, ids)  # noqa: E731
-            assert train.update(model, [], batches, meter, settings, 0)
-    assert math.isnan(meter.row()["train_loss"])
+def test_on_a_gpu_it_stays_in_the_meter_until_the_row_that_reports_it(tmp_path):
+    """The norm of the first step is infinite, that of the second is not; a row comes with it."""
+    model, ids = random_model(small_config()).train(), torch.zeros(1, 4, dtype=torch.long)
+    cadence = {"steps": 3, "log_every": 2, "eval_every": 3}
+    run = SimpleNamespace(
+        settings=train.TrainConfig(device="cuda", dtype="fp32", **cadence),  # never asked
+        data=SimpleNamespace(batches=lambda i, device: (ids, ids)),
+        meter=log.Meter(model),
+        model=model,
+        parallel=model,
+        optimizers=[],
+        done=dict(storage.NOTHING_DONE),
+        folder=tmp_path,
+    )
+    norms = iter([torch.tensor(math.inf), torch.tensor(1.0)])
+    with (
+        mock.patch.object(ranks, "clip_gradients", lambda *arguments: next(norms)),
+        mock.patch.object(machine, "autocast", lambda s: torch.autocast("cpu", enabled=False)),
+        mock.patch.object(train, "Log"),
+        pytest.raises(ValueError, match="not finite at step 2; nothing was saved yet"),
+    ):
+        train.train(run, [])
 
 
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError()], ids=type
 )
 def test_out_of_memory_names_the_halves(error, workplace, capsys):
-    for place in ("compile_blocks", "update"):  # where a GPU first, and where a CPU may
-        with mock.patch.object(train, place, side_effect=error):
+    for module, place in ((machine, "compile_model"), (train, "train")):  # a GPU's, and a CPU's
+        with mock.patch.object(module, place, side_effect=error):
             assert start("--steps", "2", "--grad_accum", "3", "--out", place) == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and "--batch_size 2 --grad_accum 6" in message
@@ -301,24 +316,24 @@ def test_out_of_memory_names_the_halves(error, workplace, capsys):
 def test_a_folder_is_held_by_one_run_and_a_file_system_without_locks_is_no_hindrance(tmp_path):
     import fcntl
 
-    held = logs.lock(tmp_path)
+    held = files.lock_folder(tmp_path)
     with pytest.raises(ValueError, match="in use by another"):
-        logs.lock(tmp_path)
+        files.lock_folder(tmp_path)
     held.close()
     without = OSError(errno.ENOLCK, "No locks available")
     with mock.patch.object(fcntl, "flock", side_effect=without):
-        logs.lock(tmp_path).close()
-        with replacing(tmp_path / "file") as file:
+        files.lock_folder(tmp_path).close()
+        with files.replacing(tmp_path / "file") as file:
             file.write(b"whole")
     assert (tmp_path / "file").read_bytes() == b"whole"
 
 
 def test_a_spike_of_the_loss_is_said():
     settings, said = train.TrainConfig(), []
-    with mock.patch.object(train, "say", said.append):
+    with mock.patch.object(log, "print_line", said.append):
         usual = None
         for step, loss in enumerate([6.0, 5.0, 4.0, 4.1, 3.9, 9.0, 4.0, 3.8], 1):
-            usual = train.watch({"step": step, "train_loss": loss}, usual, settings)
+            usual = log.warn_of_spike({"step": step, "train_loss": loss}, usual, settings)
     assert len(said) == 1 and "step 6 is 9.00" in said[0] and "--lr 0.004" in said[0]
 
 
@@ -335,4 +350,4 @@ def test_a_folder_taken_away_under_a_run_is_one_line(workplace, capsys):
 def test_a_checkpoint_deleted_under_a_run_is_written_again(workplace):
     with at_training_step(13, lambda: Path("run/last.pt").unlink()):
         assert start(*CADENCE) == 0
-    assert lamoe.read("run/last.pt")["done"]["step"] == 20
+    assert checkpoint.read("run/last.pt")["done"]["step"] == 20

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -21,12 +22,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import call
 
-import lamoe
 import sample
 from bpe import Tokenizer
+from data.exchange import experts as view
+from data.exchange import load
+from data.run import checkpoint
 
 BYTES = Tokenizer([])
-HOSTILE = "</script><b>bold</b><!--<script>&lt;\"'\\ \u2028 été 한국 😀 \x1b[31m\x00\r\n\t${1}`"
 
 
 def model_with(**changes):
@@ -35,14 +37,14 @@ def model_with(**changes):
 
 def save(path, model):
     config, state = dataclasses.asdict(model.config), model.state_dict()
-    lamoe.save(path, {"config": config, "model": state, "tokenizer": BYTES.state()})
+    checkpoint.save(path, {"config": config, "model": state, "tokenizer": BYTES.state()})
 
 
-def look_at(ids, experts, source="text"):
-    """A Look of one layer in which token t goes to experts[t] first, and to its follower next."""
+def routed(ids, experts, source="text"):
+    """A text of one layer in which token t goes to experts[t] first, and to its follower next."""
     experts_LTA = torch.tensor([[e, e + 1] for e in experts])[None]
     pieces = [BYTES.decode([i]) for i in ids]
-    return sample.Look(source, ids, pieces, experts_LTA, torch.full(experts_LTA.shape, 0.5))
+    return view.RoutedText(source, ids, pieces, experts_LTA, torch.full(experts_LTA.shape, 0.5))
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def test_experts_and_weights_are_what_the_routers_decided(router):
     routings = []
     for block in model.blocks[1:]:
         block.ffn.router.register_forward_hook(lambda _, args, routing: routings.append(routing))
-    x = sample.look(model, BYTES, "text", list(range(40)))  # windows of 16, 16 and 8
+    x = view.route(model, BYTES, "text", list(range(40)))  # windows of 16, 16 and 8
     for row in (0, 1):
         windows = routings[row::2]
         assert [len(w.experts_NA) for w in windows] == [16, 16, 8]
@@ -80,9 +82,9 @@ def test_experts_and_weights_are_what_the_routers_decided(router):
 def test_each_window_is_read_as_a_text_of_its_own():
     model = model_with(n_experts=6, seq_len=8)
     ids = [*b"a text of 22 letters.."]
-    x = sample.look(model, BYTES, "text", ids)
+    x = view.route(model, BYTES, "text", ids)
     for start in (0, 8, 16):
-        alone = sample.look(model, BYTES, "text", ids[start : start + 8])
+        alone = view.route(model, BYTES, "text", ids[start : start + 8])
         assert torch.equal(x.experts_LTA[:, start : start + 8], alone.experts_LTA)
 
 
@@ -100,24 +102,24 @@ def test_weights_come_with_the_experts_and_only_if_asked():
 def test_the_pieces_are_the_text(text):
     model = model_with(seq_len=8)
     ids = [BYTES.eot, *BYTES.encode(text)]
-    x = sample.look(model, BYTES, "text", ids)
+    x = view.route(model, BYTES, "text", ids)
     assert "".join(x.pieces) == "<|endoftext|>" + text
     assert len(x.pieces) == len(ids)
 
 
 def test_half_a_character_at_the_end_is_shown_as_such():
-    x = sample.look(model_with(), BYTES, "text", [97, *"é".encode()[:1]])
+    x = view.route(model_with(), BYTES, "text", [97, *"é".encode()[:1]])
     assert x.pieces == ["a", "\ufffd"]
 
 
 def test_documents_of_a_file_begin_with_endoftext(tmp_path):
     (tmp_path / "two.txt").write_text("\ufeffab\n<|endoftext|>\n\ncd\n", encoding="utf-8")
-    assert sample.read_ids(tmp_path / "two.txt", BYTES) == [256, 97, 98, 256, 99, 100]
+    assert view.read_ids(tmp_path / "two.txt", BYTES) == [256, 97, 98, 256, 99, 100]
 
 
 def test_of_a_long_file_the_first_tokens_are_read_and_that_is_said(tmp_path, capsys):
     (tmp_path / "long.txt").write_text("abc\n<|endoftext|>\n" * 10)
-    ids = sample.read_ids(tmp_path / "long.txt", BYTES, most=10)
+    ids = view.read_ids(tmp_path / "long.txt", BYTES, most=10)
     assert ids == [256, 97, 98, 99] * 2 + [256, 97]
     assert "long.txt: the first 10 tokens" in capsys.readouterr().err
 
@@ -129,8 +131,8 @@ def test_of_a_long_file_the_first_tokens_are_read_and_that_is_said(tmp_path, cap
 
 def test_entropy_by_hand():
     """Shares 1/2, 1/4, 1/4 have 1.5 bits; the correction is (3 - 1) / (2 * 4) nats."""
-    assert math.isclose(sample.entropy("aabc"), 1.5 + 2 / 8 / math.log(2))
-    assert sample.entropy("aaaa") == 0
+    assert math.isclose(view.entropy("aabc"), 1.5 + 2 / 8 / math.log(2))
+    assert view.entropy("aaaa") == 0
 
 
 def test_mutual_information_by_hand():
@@ -141,15 +143,15 @@ def test_mutual_information_by_hand():
     x, y = "aaaabbbb", "cccdcddd"
     joint = -2 * (3 / 8 * math.log2(3 / 8) + 1 / 8 * math.log2(1 / 8))
     expected = 2 - joint - 1 / 16 / math.log(2)
-    assert math.isclose(sample.mutual_information(x, y), expected)
-    assert math.isclose(sample.mutual_information(y, x), expected)
+    assert math.isclose(view.mutual_information(x, y), expected)
+    assert math.isclose(view.mutual_information(y, x), expected)
 
 
 def test_what_is_independent_tells_nothing_on_average():
     """Uncorrected, 4 experts and 5 kinds in 500 tokens would pretend 0.017 bits."""
     rng = random.Random(0)
     draws = [
-        sample.mutual_information(rng.choices(range(4), k=500), rng.choices("abcde", k=500))
+        view.mutual_information(rng.choices(range(4), k=500), rng.choices("abcde", k=500))
         for _ in range(300)
     ]
     assert abs(sum(draws) / len(draws)) < 0.001
@@ -157,7 +159,7 @@ def test_what_is_independent_tells_nothing_on_average():
 
 def test_a_copy_tells_everything():
     x = random.Random(0).choices(range(8), k=4000)
-    assert math.isclose(sample.mutual_information(x, x), 3, abs_tol=0.01)
+    assert math.isclose(view.mutual_information(x, x), 3, abs_tol=0.01)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -171,12 +173,12 @@ def test_a_copy_tells_everything():
     + [(" —", "punctuation"), ("¿", "punctuation"), ("😀", "other"), ("<|endoftext|>", "other")],
 )
 def test_kinds_of_tokens(token, kind):
-    assert sample.kind_of(token) == kind
+    assert view.kind_of(token) == kind
 
 
-def printed_tables(capsys, looks, rows=(0,), **changes):
+def printed_tables(capsys, texts, rows=(0,), **changes):
     config = small_config(vocab_size=257, **{"n_experts": 3, "seq_len": 8, **changes})
-    sample.print_tables(looks, config, BYTES, list(rows))
+    view.print_tables(texts, config, BYTES, {row: row for row in rows})
     return capsys.readouterr().out
 
 
@@ -188,8 +190,8 @@ def cells(table, label):
 
 def test_the_tables_count_first_experts_by_kind_place_and_source(capsys):
     ids = [BYTES.eot, *b"ab 1,cd, "]  # two windows of eight: positions 0 to 7, then 0 and 1
-    first = look_at(ids, [2, 0, 1, 0, 0, 2, 0, 0, 2, 1], source="first text")
-    second = look_at([*b"z"], [1], source="second text")
+    first = routed(ids, [2, 0, 1, 0, 0, 2, 0, 0, 2, 1], source="first text")
+    second = routed([*b"z"], [1], source="second text")
     table = printed_tables(capsys, [first, second])
     assert cells(table, "all") == [11, 45.5, 27.3, 27.3]
     assert cells(table, "letter") == [5, 60, 40, 0]
@@ -207,13 +209,13 @@ def test_the_tables_count_first_experts_by_kind_place_and_source(capsys):
 
 
 def test_one_text_has_no_table_by_source(capsys):
-    assert "source" not in printed_tables(capsys, [look_at([97, 98], [0, 1])])
+    assert "source" not in printed_tables(capsys, [routed([97, 98], [0, 1])])
 
 
 def test_what_the_token_decides_is_told_by_the_token(capsys):
     """Each letter has its expert: the token tells all, the place nothing, and shuffled nothing."""
     letters = random.Random(0).choices(range(97, 101), k=4000)
-    x = look_at(letters, [i - 97 for i in letters])
+    x = routed(letters, [i - 97 for i in letters])
     table = printed_tables(capsys, [x], n_experts=4)
     numbers = [float(n) for n in re.findall(r"-?\d+\.\d+", table.splitlines()[-1])]
     everything, token, shuffled, kind, _, position, _ = numbers
@@ -222,13 +224,13 @@ def test_what_the_token_decides_is_told_by_the_token(capsys):
 
 
 def test_an_expert_that_never_comes_first_has_its_column(capsys):
-    table = printed_tables(capsys, [look_at([97], [2])], n_experts=5)
+    table = printed_tables(capsys, [routed([97], [2])], n_experts=5)
     assert cells(table, "all") == [1, 0, 0, 100, 0, 0]
 
 
 def test_of_many_experts_the_busiest_are_listed(capsys):
     experts = [e for e in range(64) for _ in range(1 + 9 * (e % 6 == 0))]  # 0, 6, ... 60: eleven
-    table = printed_tables(capsys, [look_at([97] * len(experts), experts)], n_experts=64)
+    table = printed_tables(capsys, [routed([97] * len(experts), experts)], n_experts=64)
     header = table.splitlines()[2].split()
     assert len(header) == 12 and set(map(int, header)) > set(range(0, 64, 6))
     assert "the 12 busiest of 64" in table
@@ -269,7 +271,7 @@ def cell_width(text):
 @given(tokens, st.sampled_from([2, 10, 11, 120]), st.integers(12, 40))
 def test_the_numbers_stand_below_the_first_character_of_their_tokens(tokens, n_experts, width):
     pieces, experts = [piece for piece, _ in tokens], [e % n_experts for _, e in tokens]
-    lines = sample.paint(pieces, experts, n_experts, False, width).split("\n")
+    lines = view.paint(pieces, experts, n_experts, False, width).split("\n")
     digits = len(str(n_experts - 1))
     text, read = "".join(pieces), []
     for start in range(0, len(lines), 1 + digits):
@@ -284,16 +286,16 @@ def test_the_numbers_stand_below_the_first_character_of_their_tokens(tokens, n_e
 @given(tokens, st.sampled_from([2, 9, 10, 120]))
 def test_colours_alone_tell_up_to_nine_experts_and_then_numbers_help(tokens, n_experts):
     pieces, experts = [piece for piece, _ in tokens], [e % n_experts for _, e in tokens]
-    lines = sample.paint(pieces, experts, n_experts, True, 40).split("\n")
+    lines = view.paint(pieces, experts, n_experts, True, 40).split("\n")
     digits = 0 if n_experts <= 9 else len(str(n_experts - 1))
     painted = "".join(lines[:: 1 + digits])
     found = re.findall(r"\x1b\[38;5;16;48;5;(\d+)m(.*?)\x1b\[0m", painted)
-    assert found == [(str(sample.TERMINAL[e % 9]), p) for p, e in zip(pieces, experts, strict=True)]
+    assert found == [(str(view.TERMINAL[e % 9]), p) for p, e in zip(pieces, experts, strict=True)]
 
 
 def test_a_text_cannot_command_the_terminal():
     pieces = ["\x1b[2J", "a\x07\r", "\u202eb", "\n", "c"]
-    assert sample.paint(pieces, [0] * 5, 2, False, 80).splitlines()[::2] == [" [2Ja   b", "c"]
+    assert view.paint(pieces, [0] * 5, 2, False, 80).splitlines()[::2] == [" [2Ja   b", "c"]
 
 
 def luminance(red, green, blue):
@@ -306,13 +308,13 @@ def luminance(red, green, blue):
 
 def test_black_is_easy_to_read_on_every_colour():
     """Contrast 7 and more: the best grade of WCAG."""
-    colours = [[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in sample.PALETTE]
-    for n in sample.TERMINAL:  # the 6 x 6 x 6 cube of a terminal's 256 colours, then the greys
+    colours = [[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in view.PALETTE]
+    for n in view.TERMINAL:  # the 6 x 6 x 6 cube of a terminal's 256 colours, then the greys
         levels, n = (0, 95, 135, 175, 215, 255), n - 16
         grey = [8 + 10 * (n - 216)] * 3
         rgb = grey if n >= 216 else [levels[n // 36], levels[n // 6 % 6], levels[n % 6]]
         colours.append([level / 255 for level in rgb])
-    assert len(sample.PALETTE) == len(sample.TERMINAL) == 9
+    assert len(view.PALETTE) == len(view.TERMINAL) == 9
     assert min((luminance(*colour) + 0.05) / 0.05 for colour in colours) >= 7
 
 
@@ -344,7 +346,7 @@ def test_a_terminal_without_unicode_shows_what_it_can(workplace):
 
 
 def test_the_first_expert_is_the_one_shown(capsys):
-    sample.print_text(look_at([*b"abc"], [2, 0, 1]), small_config(n_experts=4), [0])
+    view.print_text(routed([*b"abc"], [2, 0, 1]), 4, {0: 0})
     assert "\nabc\n201\n" in capsys.readouterr().out
 
 
@@ -372,7 +374,9 @@ def test_a_long_text_is_cut_for_the_eye_and_counted_in_full(workplace, capsys):
 # As a page
 # ---------------------------------------------------------------------------------------------
 
-HOSTILE = "</script><b>bold</b><!--<script>&lt;\"'\\ \u2028 été 한국 😀 \x1b[31m\r\n\t${1}` DATA"
+HOSTILE = (
+    "</script><b>bold</b><!--<script>&lt;\"'\\ \u2028 été 한국 😀 \x1b[31m\x00\r\n\t${1}` DATA"
+)
 
 
 class Parsed(HTMLParser):
@@ -392,16 +396,17 @@ class Parsed(HTMLParser):
             self.json += text if text.strip() else ""
 
 
-def hostile_look(text):
-    return sample.Look(text, [97], [text], torch.zeros(2, 1, 2).long(), torch.ones(2, 1, 2))
+def hostile(text):
+    return view.RoutedText(text, [97], [text], torch.zeros(2, 1, 2).long(), torch.ones(2, 1, 2))
 
 
-EMPTY = Parsed(sample.make_page([], small_config(), 0))
+ALL = {0: 0, 1: 1}  # rows and numbers of the layers of small_config
+EMPTY = Parsed(view.make_page([], small_config(), ALL, 0))
 
 
 @given(st.one_of(st.text(max_size=30), st.text("</script>!-- ", max_size=30), st.just(HOSTILE)))
 def test_no_text_becomes_markup(text):
-    page = sample.make_page([hostile_look(text)], small_config(), 0)
+    page = view.make_page([hostile(text)], small_config(), ALL, 0)
     parsed = Parsed(page)
     assert page.isascii() and parsed.elements == EMPTY.elements
     assert parsed.data["texts"][0]["source"] == text
@@ -412,13 +417,13 @@ def test_the_page_needs_nothing_else():
     forbids = {"http-equiv": "Content-Security-Policy", "content": "default-src 'unsafe-inline'"}
     assert ("meta", forbids) in EMPTY.elements  # the browser itself refuses to load anything
     assert not {"src", "href", "srcset"} & {name for _, a in EMPTY.elements for name in a}
-    assert not re.search(r"https?:|//\w|url\(|@import|fetch\(|innerHTML =", sample.PAGE.read_text())
+    assert not re.search(r"https?:|//\w|url\(|@import|fetch\(|innerHTML =", view.PAGE.read_text())
 
 
 def test_the_page_holds_each_tokens_experts_and_weights(workplace, capsys):
     run(capsys, "--text", "book.txt", "--html", "page.html", "--layer", 2)
-    model, _ = lamoe.load("model.pt")
-    x = sample.look(model, BYTES, "book.txt", sample.read_ids("book.txt", BYTES))
+    model, _ = load("model.pt")
+    x = view.route(model, BYTES, "book.txt", view.read_ids("book.txt", BYTES))
     data = Parsed(Path("page.html").read_text(encoding="ascii")).data
     assert (data["n_experts"], data["layers"], data["start"]) == (5, [1, 2], 1)
     (text,) = data["texts"]
@@ -447,15 +452,17 @@ def test_a_full_disk_leaves_the_old_page(workplace, capsys):
     run(capsys, "--text", "book.txt", "--html", "page.html")
     before, files = Path("page.html").read_bytes(), sorted(workplace.iterdir())
     Path("book.txt").write_text("another text")
-    with mock.patch.object(sample.os, "fsync", side_effect=OSError(28, "No space left on device")):
+    with mock.patch.object(os, "fsync", side_effect=OSError(28, "No space left on device")):
         assert call(sample, "--model", "model.pt", "--text", "book.txt", "--html", "page.html") == 2
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
     assert Path("page.html").read_bytes() == before and sorted(workplace.iterdir()) == files
 
 
 def test_a_long_text_is_cut_on_the_page_and_that_is_said():
-    x = look_at([97] * 12, [0] * 12)
-    (text,) = Parsed(sample.make_page([x], small_config(n_layers=1), 0, most=10)).data["texts"]
+    x = routed([97] * 12, [0] * 12)
+    (text,) = Parsed(view.make_page([x], small_config(n_layers=1), {0: 0}, 0, most=10)).data[
+        "texts"
+    ]
     assert len(text["tokens"]) == 10 and text["source"] == "text, the first 10 of 12 tokens"
 
 
@@ -466,7 +473,7 @@ BROWSER = next(filter(None, BROWSERS), None)
 @pytest.mark.skipif(not BROWSER, reason="no Chromium to look at the page with")
 def test_a_browser_shows_the_text_and_nothing_else(tmp_path):
     """In headless Chromium: as many spans as tokens, the text as text, a button an expert."""
-    page = sample.make_page([hostile_look(HOSTILE), hostile_look("b")], small_config(), 1)
+    page = view.make_page([hostile(HOSTILE), hostile("b")], small_config(), ALL, 1)
     (tmp_path / "page.html").write_text(page)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
     command = [BROWSER, *flags, "--dump-dom", (tmp_path / "page.html").as_uri()]

@@ -62,13 +62,14 @@ def test_the_second_time_nothing_is_encoded(cache):
 def test_progress_is_told_with_the_time_left(cache, monkeypatch):
     monkeypatch.setattr(tokens, "BATCH", 10)
     told = []
-    tokens.encode(side_of(["a text of some length"] * 8), BYTES, cache / "a.ids", told.append)
+    monkeypatch.setattr(tokens, "print_in_place", told.append)
+    tokens.encode(side_of(["a text of some length"] * 8), BYTES, cache / "a.ids")
     assert len(told) == 8 and "left" in told[0] and "100%" in told[-1]
 
 
 def test_a_disk_that_is_too_small_is_noticed_at_once(cache, monkeypatch):
     monkeypatch.setattr(tokens, "BATCH", 10)
-    monkeypatch.setattr(tokens.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(ValueError, match="make room"):
         tokens.encode(side_of(["a text of some length"] * 80), BYTES, cache / "a.ids")
     assert list(cache.iterdir()) == []
@@ -109,7 +110,7 @@ def test_document_starts_do_not_depend_on_blocks_nor_on_where_the_ids_are(ids, b
     expected = [i for i, token in enumerate(ids) if token == 3]
     for found in (ids, mapped, mapped[:-1]):
         wanted = [i for i in expected if i < len(found)]
-        assert train.document_starts(found, 3, block).tolist() == wanted
+        assert tokens.document_starts(found, 3, block).tolist() == wanted
 
 
 def _peak_of_a_long_text(path, out):

@@ -25,7 +25,8 @@ from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
 import lamoe
 import train
 from bpe import Tokenizer
-from data import datasets
+from data import datasets, exchange
+from data.run import checkpoint, presets, storage
 
 ROOT = Path(train.__file__).parent
 CADENCE = "--steps 20 --log_every 3 --eval_every 4 --save_every 5"
@@ -74,10 +75,10 @@ def leaves(tree, path=""):
         yield path, tree
 
 
-def state_of(checkpoint):
+def state_of(file):
     """Everything in a checkpoint but the clock and the folder's name."""
     own = ("/done/seconds", "/train_config/out")
-    return {path: value for path, value in leaves(lamoe.read(checkpoint)) if path not in own}
+    return {path: value for path, value in leaves(checkpoint.read(file)) if path not in own}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ def test_resume_is_bit_exact(stop, flags):
     assert start("straight", CADENCE, flags) == 0
     with at_training_step(stop * micro_steps, press_ctrl_c):
         assert start("resumed", CADENCE, flags) == 130
-    assert lamoe.read("resumed/last.pt")["done"]["step"] == stop
+    assert checkpoint.read("resumed/last.pt")["done"]["step"] == stop
     torch.manual_seed(12345)  # as in a new process, nothing is left of the old generator
     assert resume("resumed") == 0
 
@@ -129,7 +130,7 @@ def test_a_killed_run_resumes_from_its_last_save_without_gaps_or_doubles():
 
     with at_training_step(9, press_twice):
         assert start("killed", CADENCE) == 130
-    assert lamoe.read("killed/last.pt")["done"]["step"] == 5
+    assert checkpoint.read("killed/last.pt")["done"]["step"] == 5
     assert int(log_of("killed")[-1]["step"]) == 8
     assert resume("killed") == 0
     assert timeless(log_of("straight")) == timeless(log_of("killed"))
@@ -146,6 +147,68 @@ def test_a_torn_last_line_of_the_log_is_dropped_on_resume():
     assert timeless(log_of("straight")) == timeless(log_of("torn"))
 
 
+OLD_PARTS = "config train_config given tokenizer text model done optimizers meter rng".split()
+OLD_SETTINGS = (
+    "data text_column out init device preset draw_mb tokenizer dtype seed steps batch_size "
+    "grad_accum lr muon_lr muon_ffn weight_decay warmup clip eval_every save_every log_every "
+    "compile fsdp track"
+).split()
+OLD_CONFIG = (
+    "vocab_size dim n_layers n_heads n_kv_heads head_dim hidden_dim n_experts top_k router "
+    "n_shared_experts n_dense_layers seq_len rope_theta rope_factor norm_eps qk_norm "
+    "tie_embeddings dropout balance_weight z_weight capacity_factor eval_capacity_factor jitter "
+    "n_groups top_groups bias_rate routed_scale sequence_weight"
+).split()
+
+
+def test_a_run_folder_of_the_first_version_loads_and_goes_on():
+    """Its last.pt: these keys, plain dicts and lists, as torch.save writes them."""
+    assert start("straight", CADENCE, "--lr 0.01") == 0
+    with at_training_step(10, press_ctrl_c):
+        assert start("old", CADENCE, "--lr 0.01") == 130
+    saved = checkpoint.read("old/last.pt")
+    muon, adamw = saved["optimizers"]
+    scalars, load = saved["meter"]
+    old = {
+        "config": {name: saved["config"][name] for name in OLD_CONFIG},
+        "train_config": {name: saved["train_config"][name] for name in OLD_SETTINGS},
+        "given": {"data": "text.txt", "lr": 0.01, "tokenizer": "bytes", "dtype": "fp32"},
+        "tokenizer": {"pattern": BYTES.state()["pattern"], "merges": []},
+        "text": datasets.read("text.txt").key,
+        "model": dict(saved["model"]),
+        "done": {name: saved["done"][name] for name in ("step", "seconds", "best", "best_step")},
+        "optimizers": [
+            {"state": optimizer["state"], "param_groups": optimizer["param_groups"]}
+            for optimizer in (muon, adamw)
+        ],
+        "meter": [scalars.clone(), load.clone()],
+        "rng": saved["rng"],
+    }
+    assert list(old) == OLD_PARTS and scalars.shape == (5,) and load.shape == (1, 3)
+    assert all(list(state) == ["momentum"] for state in muon["state"].values())
+    torch.save(old, "old/last.pt")
+    shutil.copytree("old", "old-best")
+    torch.save({name: old[name] for name in OLD_PARTS[:-3]}, "old-best/best.pt")
+    model, tokenizer = exchange.load("old-best/best.pt")
+    assert not model.training and tokenizer.vocab_size == 257
+
+    assert resume("old", "--data text.txt --lr 0.01") == 0
+    own = ("/given/",)  # what it began with is kept as it was
+    straight, resumed = state_of("straight/last.pt"), state_of("old/last.pt")
+    differing = [path for path in straight if straight[path] != resumed.get(path)]
+    assert [path for path in differing if not path.startswith(own)] == []
+    assert timeless(log_of("straight")) == timeless(log_of("old"))
+
+
+def test_a_run_on_an_embedded_corpus_goes_on_though_its_key_was_a_hash_of_code():
+    drawn = datasets.Corpus("stories", "", "stories-1-2", [], None, None, np.ones(9), np.ones(3))
+    own = datasets.Corpus("stories", "", "0123456789abcdef", [], None, None)
+    storage.check_text({"text": "stories-0123456789ab"}, drawn, "stories")
+    for text, corpus in (("facts-0123456789ab", drawn), ("stories-0123456789ab", own)):
+        with pytest.raises(ValueError, match="is not the one this run began with"):
+            storage.check_text({"text": text}, corpus, "stories")
+
+
 def test_ctrl_c_saves_and_names_the_command_that_goes_on(capsys):
     with at_training_step(7, press_ctrl_c):
         assert start("run", CADENCE) == 130
@@ -156,7 +219,7 @@ def test_ctrl_c_saves_and_names_the_command_that_goes_on(capsys):
 
 
 def test_ctrl_c_before_the_first_step_stops_without_a_traceback(capsys):
-    with mock.patch.object(train.datasets, "read", side_effect=KeyboardInterrupt):
+    with mock.patch.object(datasets, "read", side_effect=KeyboardInterrupt):
         assert start("run") == 130
     assert capsys.readouterr().err.strip() == "stopped"
 
@@ -189,13 +252,13 @@ def leave_only_what_sampling_needs(path):
 
 
 def leave_only_the_model(path):
-    checkpoint = lamoe.read(path)
-    lamoe.save(path, {"config": checkpoint["config"], "model": checkpoint["model"]})
+    saved = checkpoint.read(path)
+    checkpoint.save(path, {"config": saved["config"], "model": saved["model"]})
 
 
 def change(path, part, **fields):
-    checkpoint = lamoe.read(path)
-    lamoe.save(path, {**checkpoint, part: {**checkpoint[part], **fields}})
+    saved = checkpoint.read(path)
+    checkpoint.save(path, {**saved, part: {**saved[part], **fields}})
 
 
 def come_from_another_trainer(path):
@@ -417,6 +480,11 @@ def test_batch_i_depends_on_i_and_the_seed_alone(seed, calls):
 SETTINGS = train.TrainConfig(device="cpu", dtype="fp32")
 
 
+def data_of(tokenizer, ids, length):
+    """As much of train.Data as evaluation reads."""
+    return train.Data(tokenizer, None, None, ids, train.windows(ids, tokenizer.eot, length), None)
+
+
 def naive_nats(model, ids, eot, length):
     """Nats of each token but the first: one forward pass a token, logarithms in float64."""
     nats, start = [], 0
@@ -438,12 +506,12 @@ def test_evaluation_equals_a_naive_loop_token_by_token(length):
     tokenizer = Tokenizer.train(documents, 275)
     ids = encode(tokenizer, documents)
     model = random_model(small_config(vocab_size=tokenizer.vocab_size, seq_len=length))
-    spans = train.windows(ids, tokenizer.eot, length)
+    data = data_of(tokenizer, ids, length)
     nats = naive_nats(model, ids, np.flatnonzero(ids == tokenizer.eot).tolist(), length)
     n_bytes = sum(len(document.encode()) + len("<|endoftext|>") for document in documents)
     kinds = np.random.default_rng(0).integers(0, len(datasets.KINDS), n_bytes)
 
-    score = train.evaluate(model, ids, spans, tokenizer, SETTINGS, kinds)
+    score = train.evaluate(model, data, SETTINGS, kinds)
     assert score.loss == pytest.approx(nats.mean(), rel=1e-5)
     assert score.bits_per_byte * n_bytes == pytest.approx(nats.sum() / math.log(2), rel=1e-5)
 
@@ -453,15 +521,14 @@ def test_evaluation_equals_a_naive_loop_token_by_token(length):
         by_kind[kinds[last_byte]] += cost / math.log(2)
     assert score.bits_of_label == pytest.approx(by_kind, rel=1e-5)
     assert score.bits_of_label.sum() == pytest.approx(score.bits_per_byte * n_bytes, rel=1e-9)
-    assert train.evaluate(model, ids, spans, tokenizer, SETTINGS).bits_of_label is None
+    assert train.evaluate(model, data, SETTINGS).bits_of_label is None
 
 
 def test_evaluation_leaves_the_model_as_it_was_and_repeats_itself():
-    ids = encode(BYTES, [make_text(100)])
-    spans = train.windows(ids, BYTES.eot, 16)
+    data = data_of(BYTES, encode(BYTES, [make_text(100)]), 16)
     model = random_model(small_config(vocab_size=257)).train()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    first, second = (train.evaluate(model, ids, spans, BYTES, SETTINGS) for _ in range(2))
+    first, second = (train.evaluate(model, data, SETTINGS) for _ in range(2))
     assert first == second
     assert model.training
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -512,7 +579,7 @@ def test_muon_gets_exactly_the_attention_matrices_and_the_experts_if_asked(n_exp
 def test_each_step_takes_the_rates_of_the_schedule():
     start("run", "--steps 5 --lr 0.01 --muon_lr 0.05 --warmup 0.4")
     share = train.schedule(4, train.TrainConfig(steps=5, warmup=0.4))
-    muon, *adamw = lamoe.read("run/last.pt")["optimizers"]
+    muon, *adamw = checkpoint.read("run/last.pt")["optimizers"]
     for optimizer, highest in ((muon, 0.05), *((o, 0.01) for o in adamw)):
         for group in optimizer["param_groups"]:
             assert group["lr"] == pytest.approx(highest * share)
@@ -531,7 +598,7 @@ def test_two_micro_steps_of_four_windows_equal_one_step_of_eight():
 
 def test_the_bias_of_deepseeks_router_is_updated_once_a_step():
     start("run", "--router deepseek --top_k 1 --steps 1 --grad_accum 2 --bias_rate 0.125")
-    state = lamoe.read("run/last.pt")["model"]
+    state = checkpoint.read("run/last.pt")["model"]
     (bias,) = (value for name, value in state.items() if name.endswith("router.bias"))
     steps = torch.sign(bias)  # of three experts, not all can be above the mean
     assert {-1, 1} <= set(steps.tolist())
@@ -555,32 +622,35 @@ def test_every_field_is_a_flag_and_nothing_else_is(capsys):
 
 
 def test_flags_have_the_types_of_their_fields():
+    def parse(words):
+        return presets.parse("", train.TrainConfig, words)
+
     fields = [f for cls in (train.TrainConfig, lamoe.Config) for f in dataclasses.fields(cls)]
     for field in fields:
         if field.type is bool:
-            on, off = (vars(train.parse([f"--{no}{field.name}"])) for no in ("", "no-"))
+            on, off = (parse([f"--{no}{field.name}"]) for no in ("", "no-"))
             assert (on[field.name], off[field.name]) == (True, False)
         else:
-            value = vars(train.parse([f"--{field.name}", "3"]))[field.name]
+            value = parse([f"--{field.name}", "3"])[field.name]
             kind = next(iter(typing.get_args(field.type)), field.type)  # int of int | None
             assert value == kind(3) and type(value) is kind
 
 
 def test_presets_name_only_fields_and_an_explicit_flag_wins():
     fields = {f.name for cls in (train.TrainConfig, lamoe.Config) for f in dataclasses.fields(cls)}
-    assert all(set(preset) <= fields for preset in train.PRESETS.values())
+    assert all(set(preset) <= fields for preset in presets.PRESETS.values())
     start("preset", "--steps 1")
     start("explicit", "--steps 1", "--no-qk_norm", "--tie_embeddings")
-    preset, explicit = (lamoe.read(f"{run}/last.pt") for run in ("preset", "explicit"))
+    preset, explicit = (checkpoint.read(f"{run}/last.pt") for run in ("preset", "explicit"))
     assert preset["config"]["qk_norm"] and not explicit["config"]["qk_norm"]
     assert explicit["config"]["tie_embeddings"]
     assert preset["train_config"]["preset"] == "laptop"
 
 
 def test_zero_steps_means_as_many_as_the_preset_says(monkeypatch):
-    monkeypatch.setitem(train.PRESETS["laptop"], "steps", 3)
+    monkeypatch.setitem(presets.PRESETS["laptop"], "steps", 3)
     assert start("run", "--steps 0") == 0
-    assert lamoe.read("run/last.pt")["done"]["step"] == 3
+    assert checkpoint.read("run/last.pt")["done"]["step"] == 3
 
 
 def test_the_log_has_its_columns_and_they_add_up():
@@ -646,19 +716,19 @@ def test_best_holds_the_best_evaluation_not_the_last():
     scores = iter([3.0, 1.0, 2.0])
     evaluate = train.evaluate
 
-    def scripted(model, *rest):
-        score = evaluate(model, *rest)
+    def scripted(*arguments, **named):
+        score = evaluate(*arguments, **named)
         return score._replace(bits_per_byte=next(scores, score.bits_per_byte))
 
     with mock.patch.object(train, "evaluate", scripted):
         start("run", "--steps 6", "--eval_every 2")
-    best, last = lamoe.read("run/best.pt"), lamoe.read("run/last.pt")
+    best, last = checkpoint.read("run/best.pt"), checkpoint.read("run/last.pt")
     assert best["done"]["step"] == best["done"]["best_step"] == last["done"]["best_step"] == 4
     assert last["done"]["step"] == 6 and last["done"]["best"] == 1.0
 
 
-def is_finite(checkpoint):
-    state = lamoe.read(checkpoint)["model"]
+def is_finite(file):
+    state = checkpoint.read(file)["model"]
     return all(weight.isfinite().all() for weight in state.values())
 
 
@@ -688,15 +758,15 @@ def test_a_validation_that_is_not_finite_stops_the_run_too(capsys):
     """The loss of a step comes before its update: an evaluation is the first to meet the damage."""
     evaluate, calls = train.evaluate, iter(range(100))
 
-    def failing(*arguments):
-        score = evaluate(*arguments)
+    def failing(*arguments, **named):
+        score = evaluate(*arguments, **named)
         return score._replace(loss=math.nan, bits_per_byte=math.nan) if next(calls) else score
 
     with mock.patch.object(train, "evaluate", failing):
         assert start("run", "--steps 4", "--eval_every 2") == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "not finite" in message and "--lr" in message
-    assert lamoe.read("run/last.pt")["done"]["step"] == 2
+    assert checkpoint.read("run/last.pt")["done"]["step"] == 2
 
 
 @pytest.mark.parametrize("flags", ["--eval_every 1", "--log_every 1 --eval_every 5"])
@@ -707,18 +777,6 @@ def test_a_rate_beyond_reason_stops_the_run_with_a_remedy(flags, capsys):
     for path in Path("run").glob("*.pt"):
         assert is_finite(path)
     assert ("last.pt holds" in message) == Path("run/last.pt").exists()
-
-
-def test_the_picture_is_drawn(pyplot, capsys):
-    start("run", "--steps 4", "--log_every 1")
-    assert Path("run/loss.png").read_bytes().startswith(b"\x89PNG")
-    assert f"{Path('run/loss.png')}" in capsys.readouterr().out
-
-
-def test_without_matplotlib_a_line_says_how_to_get_the_picture(capsys):
-    assert start("run", "--steps 2") == 0
-    assert re.search(r"picture .*pip install", capsys.readouterr().out)
-    assert not Path("run/loss.png").exists()
 
 
 def test_the_run_ends_with_score_sample_and_the_next_command(capsys):
@@ -759,7 +817,7 @@ def test_numbers_survive_the_checkpoint_to_the_last_digit():
     """Else --resume with the same flags would be refused."""
     given = {"lr": 0.1 + 0.2, "muon_lr": 1 / 3, "clip": 2 / 3, "seed": 2**53 + 1}
     start("run", "--steps 1", *(word for k, v in given.items() for word in (f"--{k}", v)))
-    saved = lamoe.read("run/last.pt")["train_config"]
+    saved = checkpoint.read("run/last.pt")["train_config"]
     assert {name: saved[name] for name in given} == given
 
 
@@ -784,17 +842,21 @@ def test_experts_on_a_cpu_are_not_compiled(rows, capsys):
 
 
 def test_zero_is_by_preset_and_the_help_tells_what_a_run_has(capsys):
-    with mock.patch.object(train, "train") as begin:
+    with mock.patch.object(train, "run_training") as begin:
         assert call(train, "--steps", 0, "--draw_mb", 0, "--seed", 0) == 0
     assert begin.call_args.args == ({"seed": 0}, False)
     assert call(train, "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    for flag, default in (("qk_norm", "True"), ("seq_len", "by the text"), ("steps", "850")):
+    for flag, default in (
+        ("qk_norm", "True"),
+        ("seq_len", "by the size of the text"),
+        ("steps", "850"),
+    ):
         assert re.search(
             rf"--{flag} [^-]*?\(default: {default}\)|--{flag}, .*?default: {default}", text
         )
 
 
 def test_a_stop_that_another_rank_was_asked_for_has_an_exit_code(monkeypatch):
-    monkeypatch.setattr(train, "loop", lambda run, stop: None)  # ended, with nothing in stop
+    monkeypatch.setattr(train, "train", lambda run, stop: None)  # ended, with nothing in stop
     assert start("run", "--steps 4") == 128 + signal.SIGINT

@@ -30,6 +30,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
@@ -43,7 +44,8 @@ import bpe  # noqa: E402
 import lamoe  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from data import datasets  # noqa: E402
+from data import datasets, exchange  # noqa: E402
+from data.run import checkpoint  # noqa: E402
 
 open_raw = open
 FLAGS = ["--steps 12 --log_every 2 --eval_every 4 --save_every 3"]
@@ -115,7 +117,9 @@ def end_of(folder: Path) -> dict:
     """All that a run leaves but its clocks: checkpoints and logs."""
     end = {}
     for name in ("last.pt", "best.pt"):
-        end |= {f"{name}{path}": value for path, value in leaves(lamoe.read(folder / "run" / name))}
+        end |= {
+            f"{name}{path}": value for path, value in leaves(checkpoint.read(folder / "run" / name))
+        }
         del end[f"{name}/done/seconds"]
     for name in ("log.csv", "load.csv"):
         with open(folder / "run" / name, newline="") as file:
@@ -296,7 +300,7 @@ def fail_at(root: Path, n: int, number: int, straight: dict, flags=FLAGS) -> boo
     return code == 2
 
 
-def kills(root: Path, n: int) -> None:
+def kills(root: Path, n: int, every: int) -> None:
     rng, done, runs = random.Random(0), 0, 0
     kinds = ["", "--router deepseek --top_k 1", "--tokenizer bpe --vocab_size 300", "--dtype bf16"]
     while done < n:
@@ -311,10 +315,14 @@ def kills(root: Path, n: int) -> None:
     flags = [*FLAGS, "--tokenizer bpe --vocab_size 300"]
     straight = straight_run(root / "straight", flags)
     happened = events(root / "events", flags)
-    for at in range(1, len(happened) + 1):
+    moments = range(1, len(happened) + 1, every)
+    for at in moments:
         kill_at(root / f"kill-{at}", at, straight, flags)
         shutil.rmtree(root / f"kill-{at}")
-    print(f"kills: {len(happened)} more, before every write, flush, rename and removal of a run")
+    print(
+        f"kills: {len(moments)} more, each before one of the {len(happened)} writes, flushes, "
+        "renames and removals of a run"
+    )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -409,12 +417,12 @@ def write_raw(path: Path, content: bytes) -> None:
 def promising(platter: Platter):
     """In it, the platter knows which checkpoints are said to be safe; it looks once more after."""
 
-    def save(path, checkpoint, save=lamoe.save):
-        save(path, checkpoint)
+    def save(path, parts, save=checkpoint.save):
+        save(path, parts)
         if Path(path).name == "last.pt":
-            platter.promised = checkpoint["done"]["step"]
+            platter.promised = parts["done"]["step"]
 
-    lamoe.save = save
+    checkpoint.save = save
     with Disk(platter):
         yield
     platter(9999, "end", None)
@@ -433,10 +441,10 @@ def check_cut(folder: Path, straight: dict, flags=FLAGS) -> int:
     """What was promised is there, and a run goes on from it to the right end; the step promised."""
     for name in ("last.pt", "best.pt"):
         if (folder / "run" / name).exists():
-            lamoe.read(folder / "run" / name)  # whole, or it would not be there
+            checkpoint.read(folder / "run" / name)  # whole, or it would not be there
     step, promised = 0, int(folder.name.split("-")[-1])
     if (folder / "run" / "last.pt").exists():
-        step = lamoe.read(folder / "run" / "last.pt")["done"]["step"]
+        step = checkpoint.read(folder / "run" / "last.pt")["done"]["step"]
     assert step >= promised, f"{folder.name}: step {promised} was saved and {step} is there"
     code = finish(start(folder, flags))
     assert code == 0, complain(folder, f"{folder.name}: exit code {code}")
@@ -444,12 +452,12 @@ def check_cut(folder: Path, straight: dict, flags=FLAGS) -> int:
     return promised
 
 
-def power(root: Path, n: int) -> None:
+def power(root: Path, n: int, every: int) -> None:
     flags = [*FLAGS, "--tokenizer bpe --vocab_size 300"]
     straight, cuts = straight_run(root / "straight", flags), power_cuts(root / "cut", flags)
-    promised = {check_cut(cut, straight, flags) for cut in cuts}
-    assert promised == {0, 3, 6, 9, 12}, promised
-    print(f"power: {len(cuts)} different remains of a run, all went on to the same end")
+    promised = {check_cut(cut, straight, flags) for cut in cuts[::every]}
+    assert promised == {0, 3, 6, 9, 12} or every > 1, promised
+    print(f"power: {len(cuts[::every])} different states of a disk, all went on to the same end")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -493,12 +501,16 @@ def damages(content: bytes, flips: int, rng):
 
 def damage_checkpoint(path: Path, flips: int, rng) -> tuple[int, int]:
     """Each damaged copy of a checkpoint is as the whole one, or refused: (all, refused)."""
-    whole, content, copy = dict(leaves(lamoe.read(path))), path.read_bytes(), path.with_name("copy")
+    whole, content, copy = (
+        dict(leaves(checkpoint.read(path))),
+        path.read_bytes(),
+        path.with_name("copy"),
+    )
     n = refused = 0
 
     def read(copy):
-        assert dict(leaves(lamoe.read(copy))) == whole, "other values than were saved"
-        lamoe.load(copy)
+        assert dict(leaves(checkpoint.read(copy))) == whole, "other values than were saved"
+        exchange.load(copy)
 
     for n, damaged in enumerate(damages(content, flips, rng), 1):
         copy.write_bytes(damaged)
@@ -508,7 +520,7 @@ def damage_checkpoint(path: Path, flips: int, rng) -> tuple[int, int]:
 
 def damage_others(folder: Path, flips: int, rng) -> tuple[int, int]:
     """The same for what has no checksum: no traceback, no hang, one line."""
-    lamoe.save_hf(*lamoe.load(folder / "good.pt"), folder / "hf")
+    exchange.export(*exchange.load(folder / "good.pt"), folder / "hf")
     with zipfile.ZipFile(folder / "texts.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in "abc":
             archive.writestr(f"{name}.txt", make_text(300))
@@ -516,7 +528,7 @@ def damage_others(folder: Path, flips: int, rng) -> tuple[int, int]:
     (folder / "lines.jsonl").write_text('{"text": "some text"}\n' * 50)
     tokenizer = bpe.Tokenizer.train([make_text()], 280)
     tokenizer.save(folder / "tokenizer.bpe")
-    readers = {path: lambda _: lamoe.load(folder / "hf") for path in (folder / "hf").iterdir()}
+    readers = {path: lambda _: exchange.load(folder / "hf") for path in (folder / "hf").iterdir()}
     for name in ("texts.zip", "table.csv", "lines.jsonl"):
         readers[folder / name] = read_all
     readers[folder / "tokenizer.bpe"] = lambda path: bpe.Tokenizer.load(path).encode("some text")
@@ -546,9 +558,9 @@ class Runs:
         return self.call
 
 
-def forged(path: Path, checkpoint, change) -> Path:
+def forged(path: Path, parts, change) -> Path:
     """A checkpoint whose pickle was changed by change(bytes) -> bytes."""
-    torch.save(checkpoint, path)
+    torch.save(parts, path)
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive:
@@ -564,7 +576,7 @@ def long(number: int) -> bytes:
 
 def hostile_checkpoints(folder: Path):
     """Yields (what it is, path)."""
-    good = lamoe.read(folder / "good.pt")
+    good = checkpoint.read(folder / "good.pt")
     config, model = good["config"], good["model"]
     name, weight = next(iter(model.items()))
     marker = str(folder / "marker")
@@ -683,7 +695,7 @@ def attack(folder: Path) -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for n, (what, path) in enumerate(hostile_checkpoints(folder), 1):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        said = verdict(lamoe.load, path)
+        said = verdict(exchange.load, path)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         assert said, f"{what} was taken"
         assert not (folder / "marker").exists(), f"{what} ran"
@@ -743,7 +755,7 @@ def full_disk(root: Path, kilobytes: int, straight: dict, flags=FLAGS) -> bool:
             check_one_line(said)
             for name in ("last.pt", "best.pt"):
                 if (folder / "run" / name).exists():
-                    lamoe.read(folder / "run" / name)
+                    checkpoint.read(folder / "run" / name)
             subprocess.run(["mount", "-o", "remount,size=50m", str(root)], check=True)
             again = finish(start(folder, flags))
             assert again == 0, complain(folder, f"{kilobytes} KB, then 50 MB: exit code {again}")
@@ -756,21 +768,22 @@ def check_one_line(said: str) -> None:
     assert "\n" not in error and "; " in error, f"not one line with a remedy: {error}"
 
 
-def disks(root: Path) -> None:
+def disks(root: Path, every: int) -> None:
     straight, stopped = straight_run(root / "straight"), 0
     happened = events(root / "events")
-    for at in range(1, len(happened) + 1):
+    moments = range(1, len(happened) + 1, every)
+    for at in moments:
         for number in (errno.ENOSPC, errno.EIO):
             stopped += fail_at(root / f"{at}-{number}", at, number, straight)
             shutil.rmtree(root / f"{at}-{number}")
-    print(f"files: {2 * len(happened)} full and failing disks; {stopped} stopped a run, none lost")
-    if os.geteuid() == 0:
+    print(f"files: {2 * len(moments)} full and failing disks; {stopped} stopped a run, none lost")
+    if os.geteuid() == 0 and every == 1:  # only root may mount
         sizes = range(16, 420, 4)
         stopped = sum(full_disk(root / f"{size}", size, straight) for size in sizes)
         print(f"files: {len(sizes)} real disks of 16 to 416 KB; {stopped} were full, none lost")
 
 
-def files(root: Path, n: int) -> None:
+def files(root: Path, n: int, every: int) -> None:
     folder, rng = make_good(root / "good"), random.Random(0)
     datasets.CACHE = root / "cache"
     print(f"files: {confined(lambda: attack(folder))} hostile checkpoints refused")
@@ -780,7 +793,7 @@ def files(root: Path, n: int) -> None:
     print(
         f"files: {tried} of config.json, safetensors, tokenizers, zips, tables: {refused} refused"
     )
-    disks(root / "disks")
+    disks(root / "disks", every)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -808,7 +821,7 @@ BESIDES = {  # flags that argparse has beside the fields
     "sample.py": "Hello --model --dtype --max_new_tokens --temperature --top_k --top_p --min_p "
     "--repetition_penalty --stop --seed -n --device --show_experts --text --layer --html --help",
     "bpe.py": "text.txt --vocab_size --out --help",
-    "lamoe.py": "export good.pt hf2 run",
+    "export.py": "good.pt hf2 run hf.gguf",
     "datasets.py": "stories nothing --limit --help",
 }
 
@@ -816,11 +829,12 @@ BESIDES = {  # flags that argparse has beside the fields
 def command_line(rng) -> tuple[str, list[str]]:
     """A program and arguments, most of them nonsense."""
     program = rng.choice(
-        ["train.py"] * 4 + ["sample.py"] * 3 + ["bpe.py", "lamoe.py", "datasets.py"]
+        ["train.py"] * 4 + ["sample.py"] * 3 + ["bpe.py", "export.py", "datasets.py"]
     )
     words, known = [], BESIDES[program].split()
     if program == "train.py":
-        known += [f"--{field.name}" for cls in train.CLASSES for field in dataclasses.fields(cls)]
+        fields = [*dataclasses.fields(train.TrainConfig), *dataclasses.fields(lamoe.Config)]
+        known += [f"--{field.name}" for field in fields]
         words = ["--data", "text.txt", *TINY, "--steps", "1"] * (rng.random() < 0.8)
     if program == "sample.py" and rng.random() < 0.8:
         words = ["Hello", "--model", "good.pt", "--max_new_tokens", "3"]
@@ -840,14 +854,14 @@ def fuzz_commands(folder: Path, n: int, rng, seconds: int = 30) -> dict[int, int
     def too_long(number, frame):
         raise AssertionError(f"still at it after {seconds} seconds")
 
-    def stopped_loop(run, stop, loop=train.loop):
+    def stopped_training(run, stop, training=train.train):
         stop.append(signal.SIGINT)
-        loop(run, stop)
+        training(run, stop)
 
-    train.loop = stopped_loop
+    train.train = stopped_training
     signal.signal(signal.SIGALRM, too_long)
-    programs = {"train.py": train, "sample.py": sample, "bpe.py": bpe, "lamoe.py": lamoe}
-    programs["datasets.py"], codes = datasets, Counter()
+    programs = {"train.py": train, "sample.py": sample, "bpe.py": bpe, "datasets.py": datasets}
+    programs["export.py"], codes = import_module("data.exchange.export"), Counter()
     os.chdir(folder)
     sys.modules["mlflow"] = sys.modules["matplotlib"] = None  # both slow, and both optional
     for _ in range(n):
@@ -920,16 +934,17 @@ def fuzz_routers(n: int, rng) -> int:
         x_1TD = torch.randn(1, rng.choice((1, 2, 17)), 8) * rng.choice(scales)
         if rng.random() < 0.2:
             x_1TD[:, 0] = x_1TD[:, -1]
-        routing, what = router(x_1TD), f"{name}, top {k}, {i}"
+        ids_1T = torch.zeros(x_1TD.shape[:2], dtype=torch.long)
+        routing, what = router(x_1TD, ids_1T), f"{name}, top {k}, {i}"
         chosen, weights = routing.experts_NA.tolist(), routing.weights_NA
         assert all(len({*row}) == len(row) and {*row} <= {0, 1, 2, 3} for row in chosen), what
         assert weights.isfinite().all() and 0 <= weights.min() and weights.max() <= 1, what
-        assert routing.load_E.sum().sub(1).abs() < 1e-5, what
-        assert not torch.as_tensor(routing.loss).isnan(), what
+        assert router.load(routing.experts_NA).sum().sub(1).abs() < 1e-5, what
+        assert not torch.as_tensor(routing.balance + routing.z).isnan(), what
     return n
 
 
-def fuzz(root: Path, n: int) -> None:
+def fuzz(root: Path, n: int, every: int) -> None:
     rng = random.Random(0)
     print(f"fuzz: {fuzz_routers(n // 100, rng)} router inputs of up to 10^36")
     working = fuzz_configs(n // 500, rng)
@@ -950,13 +965,14 @@ CAMPAIGNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("campaign", choices=CAMPAIGNS)
-    parser.add_argument("--n", type=int)
+    parser.add_argument("--n", type=int, help="how many random kills, damaged files or strings")
+    parser.add_argument("--every", type=int, default=1, help="of all moments each N-th: faster")
     args = parser.parse_args()
     torch.set_num_threads(1)
     campaign, n = CAMPAIGNS[args.campaign]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        campaign(Path(folder), args.n or n)
+        campaign(Path(folder), args.n or n, args.every)
     print(f"{args.campaign}: {time.perf_counter() - started:.0f} s")
 
 

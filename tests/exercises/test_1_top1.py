@@ -1,15 +1,16 @@
 """Exercise 1: a router that sends each token to one expert, and that can learn.
 
 Task. Fill in `top1`. From the router's logits, (N, E), it returns the best expert of each token and
-what that expert counts in the output, (N, 1) each.
+the weight of that expert in the output, (N, 1) each.
 
 Why. Choosing has no gradient. All that the task's loss can tell a router goes through the weight.
 Mixtral's weight, a softmax over the chosen logits, is 1 when one is chosen: e^l / e^l, whatever l
-is. A constant has gradient 0, so that router would stay as it was born, and no loss curve says why.
+is. A constant has gradient 0, so the task would teach that router nothing, and no loss curve says
+why.
 
 Tests. The choice, the weight, and whether every token's logits get a gradient from a task.
 
-Hint. Let the weight still know of the experts that were not chosen.
+Hint. Let the weight still depend on the logits of the experts that were not chosen.
 
 Run:    pytest tests/exercises/test_1_top1.py
 Answer: lamoe.py, section 5, `Switch.forward`; the docstring of `TopK` names the trap.
@@ -31,7 +32,7 @@ def some_logits():
 def test_each_token_goes_to_its_best_expert():
     logits_NE = some_logits()
     experts_N1, weights_N1 = top1(logits_NE)
-    assert experts_N1.shape == weights_N1.shape == (50, 1), "one column: one expert a token"
+    assert experts_N1.shape == weights_N1.shape == (50, 1), "one column: one expert per token"
     assert torch.equal(experts_N1[:, 0], logits_NE.argmax(-1))
 
 

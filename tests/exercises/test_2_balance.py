@@ -3,17 +3,19 @@
 Task. Fill in `balance`: E * sum over e of f_e P_e. Here f_e is the share of all N*A choices that
 went to expert e, and P_e the mean over tokens of its probability.
 
-Why. An expert that is chosen more learns more and is chosen still more; left alone, a few experts
-take everything. f says who is too busy, but a count has no slope: moving a logit a little changes
-no choice. P has one. So f only measures, and P is what gets pushed, hardest where f is large.
+Why. An expert that is chosen more learns more, and is then chosen still more: without this loss a
+few experts take everything. f says which are too busy, but a count has no gradient: moving a logit
+a little changes no choice. P has one. So f only measures, and P is pushed down, most where f is
+large.
 
-Tests. The two ends (1 when all is even, E when one expert takes all), the gradient, and equality
-with lamoe.balance_loss on random choices. Beware of E * sum P^2: it has the same two ends.
+Tests. Two cases (1 when routing is uniform, E when one expert takes all), the gradient, and
+equality with lamoe.balance_loss on random choices. E * sum P^2 passes the two cases, too, and is
+wrong.
 
 Hint. A token counts A times: over all experts f sums to 1.
 
 Run:    pytest tests/exercises/test_2_balance.py
-Answer: lamoe.py, section 5, `load_share` and `balance_loss`.
+Answer: lamoe.py, section 5, `balance_loss` and `Router.load`.
 """
 
 import pytest
@@ -46,7 +48,9 @@ def test_each_probability_is_pushed_by_how_busy_its_expert_is():
     torch.testing.assert_close(
         probs_NE.grad,
         (E * f_E / N).expand(N, E),
-        msg=lambda why: f"{why}\nEach slope must be E * f_e / N: f comes from the choices alone.",
+        msg=lambda why: (
+            f"{why}\nEach gradient must be E * f_e / N: f comes from the choices alone."
+        ),
     )
 
 
@@ -55,5 +59,6 @@ def test_it_equals_lamoe(N, E, seed, data):
     A = data.draw(st.integers(1, E))
     logits_NE = torch.randn(N, E, generator=torch.Generator().manual_seed(seed))
     probs_NE, experts_NA = logits_NE.softmax(-1), lamoe.choose(logits_NE, A)
-    theirs = lamoe.balance_loss(probs_NE, lamoe.load_share(experts_NA, E))
+    load_E = experts_NA.flatten().bincount(minlength=E) / experts_NA.numel()
+    theirs = lamoe.balance_loss(probs_NE, load_E)
     torch.testing.assert_close(balance(probs_NE, experts_NA), theirs)

@@ -2,20 +2,21 @@
 
 Task. Fill in `dispatch`. It returns, for each token n, the sum over a of
     weights_NA[n, a] * experts[experts_NA[n, a]](x_ND[n])
-as `by_loop` below does, but calls each expert once at most, with all its rows in one (S, D) tensor.
+as `by_loop` below does, but calls each expert at most once, with all its rows in one (S, D) tensor.
 
 Why. One row times a matrix reads the whole matrix for one row of work; many rows read it once.
 Sorting the N*A pairs (token, expert) by expert makes each expert's rows neighbours: E
 products do the work of N*A. The loop is right too, and far slower.
 
-Tests. Equal to the loop, in values and in the gradients of x and weights; one call an expert, also
-where an expert gets all tokens or none.
+Tests. Equal to the loop, in values and in the gradients of x and weights; at most one call per
+expert, also where an expert gets all tokens or none.
 
 Hint. Pair s of experts_NA.flatten() belongs to token s // A. After argsort you know the token of
 each row; split the rows by expert, and add each result back to its token (Tensor.index_add).
 
 Run:    pytest tests/exercises/test_3_dispatch.py
-Answer: lamoe.py, section 4, `dispatch`; it gathers where index_add scatters, and its head says why.
+Answer: lamoe.py, section 3, `plain_moe`; `sorted_moe` in section 4 does without the loop over
+experts, too.
 """
 
 from functools import partial
@@ -49,14 +50,16 @@ def test_it_equals_the_loop(N, E, D, seed, data):
     for way in (dispatch, by_loop):
         y_ND = way(experts, x_ND, experts_NA, weights_NA)
         results.append([y_ND, *torch.autograd.grad(y_ND.square().sum(), [x_ND, weights_NA])])
-    for name, yours, loops in zip(["y", "slope of x", "slope of weights"], *results, strict=True):
+    for name, yours, loops in zip(
+        ["y", "gradient of x", "gradient of weights"], *results, strict=True
+    ):
         assert torch.allclose(yours, loops, atol=1e-5), f"{name} is not the loop's"
 
 
-def test_each_expert_is_called_once_at_most():
+def test_each_expert_is_called_at_most_once():
     calls = []
     experts = [lambda x_SD, e=e: calls.append(e) or x_SD for e in range(4)]
-    experts_NA = torch.tensor([[0, 1], [1, 0], [1, 3]])  # nobody asks for expert 2
+    experts_NA = torch.tensor([[0, 1], [1, 0], [1, 3]])  # no token chose expert 2
     y_ND = dispatch(experts, torch.ones(3, 2), experts_NA, torch.full((3, 2), 0.5))
     torch.testing.assert_close(y_ND, torch.ones(3, 2))
     assert len(calls) == len(set(calls)), f"calls went to {calls}: gather an expert's rows first"

@@ -4,9 +4,9 @@ Task. Fill in `merge`, which replaces a pair in one word, from the left; then `l
 all pairs of neighbours, merges the most frequent one everywhere, and goes on with the result. Of
 equally frequent pairs the smallest (a, b) wins. Merge i makes the id 256 + i.
 
-Why. The list of merges *is* the tokenizer: whoever breaks a tie differently has other ids for the
-same text, and a model trained on these reads those as noise. Words are counted apart, for a merge
-must not cross a border: else "the dog" becomes a token, and another one "the cat".
+Why. The list of merges *is* the tokenizer: if ties are broken differently, the same text has other
+ids, and a model trained on the first ids can't read the second. Each word is a sequence of its own,
+because a merge must not join two words: else "the dog" becomes a token, and "the cat" another one.
 
 Tests. `merge` on overlaps; `learn` on small words full of ties, and on a text, against bpe.py.
 
@@ -14,7 +14,7 @@ Hint. itertools.pairwise gives neighbours, and "aaa" holds (a, a) twice; min() w
 (-count, pair) breaks ties. When no pair is left, stop early.
 
 Run:    pytest tests/exercises/test_5_bpe.py
-Answer: bpe.py, section 2, `learn_merges`: the same list, without counting all anew each time.
+Answer: bpe.py, section 1, `learn_plainly`, on str; `learn_merges` in section 3 is the fast way.
 """
 
 from hypothesis import given

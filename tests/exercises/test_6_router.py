@@ -1,17 +1,17 @@
 """Exercise 6: a fifth router, which asks more experts where it is less sure.
 
-Task. Fill in `TopP` (Huang et al. 2024, arXiv:2403.07652). Go through a token's experts from the
-most probable on, and keep them until the probabilities kept reach P, or top_k are kept. Weights are
-the kept probabilities, made to sum to 1. Each row has top_k slots; those not kept have weight 0.
-load_E is the share of the *kept* choices that each expert got.
+Task. Fill in `TopP` (Huang et al. 2024, arXiv:2403.07652). Go through the experts of a token, the
+most probable first, and keep them until the probabilities kept reach P, or top_k are kept. Their
+weights are their probabilities, made to sum to 1. Each row has top_k slots; those not kept have
+weight 0. load_E is the share of the *kept* choices that each expert got.
 
 Why. Not every token is equally hard. And a router can break the whole model: one that compares
-tokens ("expert choice": each expert takes the tokens it likes best) trains well and is no language
-model, for what a token gets then hangs on later ones.
+tokens ("expert choice": each expert takes the tokens it scores highest) trains well and is no
+language model, because what a token gets then depends on later ones.
 
 Tests. Three tokens by hand; a small model learns; later tokens change no earlier logit.
 
-Hint. lamoe.choose sorts for you. A slot is kept if what stands *before* it has not reached P:
+Hint. lamoe.choose sorts for you. A slot is kept if the sum *before* it has not reached P:
 cumsum minus itself. self.load also takes a flat tensor. The loss may stay 0.
 
 Run:    pytest tests/exercises/test_6_router.py
@@ -28,8 +28,8 @@ P = 0.7
 
 
 class TopP(lamoe.Router):
-    def forward(self, x_BTD):
-        """lamoe.Routing(experts_NA, weights_NA, load_E), where A is self.config.top_k"""
+    def forward(self, x_BTD, ids_BT):
+        """lamoe.Routing(experts_NA, weights_NA, load_E=...), where A is self.config.top_k"""
         raise NotImplementedError("fill in TopP.forward: the task stands at the top of this file")
 
 
@@ -45,7 +45,9 @@ def test_it_keeps_experts_until_p_is_reached():
     router = built(TopP, dim=4)
     router.weight.data = torch.eye(4)  # now the softmax of a token's logits is its row here
     sure, unsure, even = [0.1, 0.75, 0.1, 0.05], [0.05, 0.3, 0.5, 0.15], [0.251, 0.25, 0.25, 0.249]
-    experts_NA, weights_NA, load_E, *_ = router(torch.tensor([[sure, unsure, even]]).log())
+    x_BTD, ids_BT = torch.tensor([[sure, unsure, even]]).log(), torch.zeros(1, 3, dtype=torch.long)
+    routing = router(x_BTD, ids_BT)
+    experts_NA, weights_NA, load_E = routing.experts_NA, routing.weights_NA, routing.load_E
     assert experts_NA[:, 0].tolist() == [1, 2, 0] and experts_NA[1, 1] == 1, "most probable first"
     expected_NA = torch.tensor([[1, 0, 0], [0.625, 0.375, 0], [1 / 3, 1 / 3, 1 / 3]])
     torch.testing.assert_close(weights_NA, expected_NA, atol=1e-2, rtol=0)
@@ -65,8 +67,8 @@ def test_a_small_model_learns_with_it():
         f"the loss only went from {losses[0]:.2f} to {losses[-1]:.2f}"
     )
     assert abs(out.load.sum() - 1) < 1e-6, "shares sum to 1"
-    slope_ED = model.blocks[0].ffn.router.weight.grad
-    assert slope_ED is not None and slope_ED.any(), "the task does not reach the router"
+    grad_ED = model.blocks[0].ffn.router.weight.grad
+    assert grad_ED is not None and grad_ED.any(), "the task does not reach the router"
 
 
 def test_later_tokens_change_no_earlier_logit():
@@ -77,4 +79,4 @@ def test_later_tokens_change_no_earlier_logit():
     changed_BT[:, 8:] = 3
     before_BTV, after_BTV = model(ids_BT).logits, model(changed_BT).logits
     same = torch.allclose(before_BTV[:, :8], after_BTV[:, :8], atol=1e-3)
-    assert same, "a token's experts must hang on that token alone; this router compares tokens"
+    assert same, "a token's experts must depend on that token alone; this router compares tokens"

@@ -1,0 +1,114 @@
+"""Writes a model and its tokenizer as a folder that transformers opens.
+
+    python data/exchange/export.py runs/stories/best.pt FOLDER
+
+A model that no class of transformers computes is refused with the reason.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from torch import Tensor
+
+if __package__ in (None, ""):  # run as a script: let it find lamoe and data, not its neighbours
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from data.exchange.huggingface import FAMILIES, dense_layers, family_of, hf_tensors, to_hf_config
+from data.exchange.load import import_safetensors, load
+from data.foreign import tokenizer_files
+from data.run.files import flush_folder
+from data.run.flags import OneLineParser, one_line_errors
+
+
+def export(model, tokenizer, out: str | os.PathLike, shard_bytes: int = 5 * 10**9) -> None:
+    """Writes a folder that transformers opens: config, weights, and the tokenizer if not None.
+
+    The folder is new or empty, and appears complete: it is written under another name first.
+    ValueError if no family of transformers computes what this model does.
+    """
+    folder, c = Path(out), model.config
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already; name a new folder")
+    if tokenizer and tokenizer.vocab_size != c.vocab_size:
+        sizes = f"the tokenizer has {tokenizer.vocab_size} ids and the model {c.vocab_size}"
+        raise ValueError(f"{sizes}; export them as they were trained")
+    safetensors = import_safetensors()
+    texts, shards = config_files(model, tokenizer), shard(hf_tensors(model), shard_bytes)
+    texts |= tokenizer_files(tokenizer) if tokenizer else {}
+    if len(shards) > 1:
+        size = sum(tensor.nbytes for part in shards.values() for tensor in part.values())
+        weight_map = {name: file for file, part in shards.items() for name in part}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        texts["model.safetensors.index.json"] = json.dumps(index, indent=2)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        for name, part in shards.items():
+            safetensors.torch.save_file(part, temporary / name, {"format": "pt"})
+        for path in temporary.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        flush_folder(temporary)
+        if folder.exists():
+            folder.rmdir()
+        os.rename(temporary, folder)
+        flush_folder(folder.absolute().parent)
+    except safetensors.SafetensorError as error:  # its words for a full disk
+        raise OSError(f"{folder}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def config_files(model, tokenizer) -> dict[str, str]:
+    """{file name: text} of config.json and generation_config.json."""
+    c, dense, dtype = model.config, dense_layers(model), model.embed.weight.dtype
+    config = {"architectures": [FAMILIES[family_of(c, dense)].architecture]}
+    config |= to_hf_config(c, dense)
+    for i in dense:
+        width = model.blocks[i].ffn.down_proj.weight.shape[1]
+        if width != config["intermediate_size"]:
+            reason = f"dense layer {i} is {width} wide, not {config['intermediate_size']}"
+            raise ValueError(f"no Hugging Face folder can hold this model: {reason}")
+    for key in ("torch_dtype", "dtype"):  # transformers 4 and 5
+        config[key] = str(dtype).removeprefix("torch.")
+    if tokenizer:
+        config["eos_token_id"] = tokenizer.eot
+        config["bos_token_id"] = tokenizer.start[0] if tokenizer.start else None
+    ends = {key: id_ for key, id_ in config.items() if key in ("bos_token_id", "eos_token_id")}
+    contents = {"config.json": config, "generation_config.json": ends}
+    return {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}
+
+
+def shard(tensors: dict[str, Tensor], limit: int) -> dict[str, dict[str, Tensor]]:
+    """{file name: its tensors}, in order, each file at most `limit` bytes (or one tensor)."""
+    parts, size = [{}], 0
+    for name, tensor in tensors.items():
+        if parts[-1] and size + tensor.nbytes > limit:
+            parts, size = [*parts, {}], 0
+        parts[-1][name], size = tensor, size + tensor.nbytes
+    if len(parts) == 1:
+        return {"model.safetensors": tensors}
+    n = len(parts)
+    return {f"model-{i:05}-of-{n:05}.safetensors": part for i, part in enumerate(parts, 1)}
+
+
+def main() -> None:
+    description = "Write a model as a Hugging Face folder."
+    parser = OneLineParser("data/exchange/export.py", description=description)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="such as runs/stories/best.pt")
+    parser.add_argument("folder", metavar="FOLDER", help="a new folder")
+    args = parser.parse_args()
+    with one_line_errors():
+        model, tokenizer = load(args.checkpoint)
+        export(model, tokenizer, args.folder)
+    architecture = FAMILIES[family_of(model.config, dense_layers(model))].architecture
+    print(f"{args.folder}: a {architecture}; transformers opens it, and so does sample.py --model")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Checkpoints: written atomically, and read as data that may be damaged or hostile.
+
+A checkpoint is a dict that torch.save wrote. Every one has "config" (fields of lamoe.Config),
+"model" (the state dict) and "tokenizer" (its state, or None).
+"""
+
+import os
+import zipfile
+from types import NoneType
+
+import torch
+from torch import Tensor
+
+import lamoe
+from data.foreign import tokenizer_from_state
+from data.run.files import replacing
+from data.run.flags import first_line
+
+
+def save(path, checkpoint: dict) -> None:
+    """Writes a dict of tensors and plain types; `path` is always complete, the old or the new."""
+    with replacing(path) as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch hides an error of the disk behind one of its own
+            raise error.__context__ or error from None
+
+
+def read(path) -> dict:
+    """The dict that `save` wrote. weights_only: a checkpoint is data and can't run code."""
+    try:
+        check_archive(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_parts(checkpoint, os.path.getsize(path))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; make one with: python train.py") from None
+    except OSError as error:  # the file may be fine: nobody can tell
+        raise OSError(f"{path} can't be read: {error.strerror or error}") from None
+    except Exception as error:  # zip, pickle and unpickling errors have no common class
+        reason = first_line(error)[:120]
+        raise ValueError(
+            f"{path} is not a readable checkpoint ({reason}); use another, or train again"
+        ) from None
+    if not isinstance(checkpoint, dict) or not {"config", "model"} <= checkpoint.keys():
+        raise ValueError(f"{path} is not a LaMoE checkpoint; make one with: python train.py")
+    return checkpoint
+
+
+def check_archive(path) -> None:
+    """ValueError unless each record of a torch file is as it was written.
+
+    The file is a zip with a CRC-32 of every record, which torch.load itself does not look at: one
+    flipped bit would be a wrong weight. Compressed records, as torch never writes them, could
+    unpack to any size.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError("it is compressed")
+        if sum(record.file_size for record in records) > os.path.getsize(path):
+            raise ValueError("its records are larger than the file")
+        if damaged := archive.testzip():
+            raise ValueError(f"damaged: {damaged} differs from its checksum")
+
+
+def check_parts(checkpoint, size: int) -> None:
+    """ValueError unless a checkpoint is of tensors and plain types that a file of `size` can hold.
+
+    A tensor may claim 10^12 elements by repeating one, and a list may hold itself: code that copies
+    the one or walks through the other must not meet them. (Tied weights are stored once and held
+    twice.)
+    """
+    waiting, n, claimed = [checkpoint], 1, 0
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Tensor):
+            claimed += part.nbytes
+        elif isinstance(part, (dict, list, tuple)):
+            n += len(part)
+            waiting += part.values() if isinstance(part, dict) else part
+        elif not isinstance(part, (str, bytes, int, float, NoneType)):
+            raise ValueError(f"it holds a {type(part).__name__}")
+        if claimed > 2 * size or n > size:
+            raise ValueError("it claims to hold more than the file is large")
+
+
+def build(checkpoint: dict, path):
+    """(model, tokenizer or None) from what `read` returned; path is for the messages."""
+    try:
+        config = lamoe.Config(**checkpoint["config"])
+        check_shapes(config, checkpoint["model"])
+        model = lamoe.LaMoE(config)
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit this version of LaMoE: {reason}") from None
+    state = checkpoint.get("tokenizer")
+    try:
+        tokenizer = None if state is None else tokenizer_from_state(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: its tokenizer is unusable: {reason}; train again") from None
+    if tokenizer and tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, "
+            f"its model {model.config.vocab_size}; they are not from one training run"
+        )
+    check_finite(model, path)
+    return model, tokenizer
+
+
+def check_shapes(config: lamoe.Config, weights: dict) -> None:
+    """ValueError unless the weights fit the config; nothing of the size it claims is allocated."""
+    if config.n_layers > len(weights):
+        raise ValueError(f"{config.n_layers} layers are not in its {len(weights)} tensors")
+    if config.seq_len * config.head_size > 1 << 26:  # RoPE's tables: no weight has their size
+        raise ValueError(f"seq_len={config.seq_len} is more than a checkpoint may ask for")
+    with torch.device("meta"):  # shapes without memory
+        lamoe.LaMoE(config).load_state_dict(weights, assign=True)
+
+
+def check_finite(model: lamoe.LaMoE, path) -> None:
+    """ValueError if a weight is infinite or NaN. A sum shows both, and takes no memory."""
+    for name, weight in model.state_dict().items():
+        if not weight.sum().isfinite():
+            raise ValueError(
+                f"{path}: {name} holds numbers that are not finite, so it can only write nonsense; "
+                f"use an earlier checkpoint, or train again with a lower --lr"
+            )

@@ -1,0 +1,107 @@
+"""Command lines: flags made from dataclasses, and mistakes told in one line."""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import os
+import re
+import sys
+import typing
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Tells a mistake in one line, whatever the arguments hold."""
+
+    def error(self, message: str, after: str = ""):
+        message = " ".join(message.split())
+        self.exit(2, f"error: {message}; see python {self.prog} --help{after}\n")
+
+
+def number(kind, fits, must: str):
+    """An argparse type: a value of this kind that fits, or a line that says what it must be."""
+
+    def check(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {must}")
+        return value
+
+    return check
+
+
+def add_flags(parser, cls, defaults: dict, choices: dict) -> None:
+    """A flag for each field of a dataclass; one that is not given is absent from the result.
+
+    The comment behind a field is the help of its flag, without references such as [2]. Both dicts
+    are for the help: the default that a run really has, and the names that a field may have.
+    """
+    group = parser.add_argument_group(cls.__name__)
+    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.M))
+    for field in dataclasses.fields(cls):
+        text = re.sub(r"\s*\[\d[^\]]*\]", "", comments[field.name])
+        if field.name in choices:
+            text = f"one of {', '.join(choices[field.name])}"
+        if (default := defaults.get(field.name, field.default)) != "":
+            text += f" (default: {default})"
+        options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:  # of `int | None` the int
+            options["type"] = (*typing.get_args(field.type), field.type)[0]
+        group.add_argument(f"--{field.name}", **options)
+
+
+def check_fields(settings, ranges: dict, choices: dict) -> None:
+    """ValueError unless a dataclass's fields are in their ranges, ends included, or choices."""
+    for name, (least, most) in ranges.items():
+        if not least <= (value := getattr(settings, name)) <= most:
+            raise ValueError(f"{name}={value} must be from {least} to {most}")
+    for name, known in choices.items():
+        if (value := getattr(settings, name)) not in known:
+            raise ValueError(f"{name}={value!r} is unknown; try one of {known}")
+
+
+def pick_device(name: str) -> str:
+    """`auto`: the best device there is; any other name: itself, or ValueError."""
+    import torch  # here, so that programs without a model start at once
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = [device for device, is_there in there.items() if is_there] + ["cpu"]
+    if name != "auto" and name not in available:
+        raise ValueError(f"device {name!r} is not available here; try --device {available[0]}")
+    return available[0] if name == "auto" else name
+
+
+def first_line(error: Exception) -> str:
+    """What a person is told of an error."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def one_line_errors(
+    stopped="stopped", hint=lambda error: "", quiet=False, errors=(ValueError, OSError)
+):
+    """A block of main(): what goes wrong in it ends the program with one line, not a traceback.
+
+    Exit code 2 for a mistake or a file that can't be read or written, 130 for Ctrl-C. `hint` may
+    add a remedy to an error's line; quiet: another process prints it.
+    """
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a character that the terminal can't show or send
+    try:
+        yield
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except errors as error:
+        if not quiet:
+            print(f"error: {first_line(error)}{hint(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if stopped:
+            print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(130)

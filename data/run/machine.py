@@ -1,0 +1,159 @@
+"""What depends on the machine: number formats, memory, the compiler, and signals."""
+
+import contextlib
+import ctypes
+import dataclasses
+import math
+import os
+import re
+import signal
+import sys
+import time
+import timeit
+import warnings
+
+import torch
+
+import lamoe
+from data.run import ranks
+from data.run.flags import first_line
+from data.run.log import print_line
+
+
+def pick_dtype(name: str, device: str) -> str:
+    """bf16 where it is faster: on a GPU, and on a CPU that wins a short race with it."""
+    if name != "auto":
+        return name
+    if device != "cpu":
+        return {"cuda": "bf16", "mps": "fp32"}[device]
+    if ranks.WORLD > 1:  # each might come to another result
+        return "fp32"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(512, 512).to(dtype)
+        seconds[dtype] = min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=7))
+    return "bf16" if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else "fp32"
+
+
+def autocast(settings):
+    """A context in which matrix products are in settings.dtype."""
+    return torch.autocast(settings.device, torch.bfloat16, enabled=settings.dtype == "bf16")
+
+
+def keep_freed_memory() -> None:
+    """Keeps freed memory for the next step; called once the text is out of memory.
+
+    The C library (glibc) is told to keep the large buffers that each step takes and returns.
+    Otherwise it gives each back to the system at once, and a third of a step goes into mapping
+    them anew, page by page.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to tell
+            libc = ctypes.CDLL("libc.so.6")
+            libc.malloc_trim(0)
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: from the heap, however large
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: don't shrink the heap
+
+
+def check_memory(config: lamoe.Config) -> None:
+    """ValueError for a model that this machine can't hold, before it starts to swap."""
+    one = dataclasses.replace(config, n_layers=1, n_dense_layers=0, seq_len=1)
+    with torch.device("meta"):  # shapes without memory
+        try:
+            model = lamoe.LaMoE(one)
+            n, layer = (sum(w.numel() for w in m.parameters()) for m in (model, model.blocks))
+            n += layer * (config.n_layers - 1)
+        except (RuntimeError, OverflowError):  # more elements than torch can count
+            n = math.inf
+    here = math.inf
+    if os.name == "posix":
+        here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 16 * n > here:  # weight, gradient and two moments, in fp32
+        raise ValueError(
+            f"training {n / 1e9:.1f}B parameters takes {16 * n / 1e9:,.0f} GB and this machine has "
+            f"{here / 1e9:,.0f} GB of memory; try a smaller --dim, --n_layers or --n_experts"
+        )
+
+
+@contextlib.contextmanager
+def out_of_memory_advice(settings):
+    """Turns "out of memory" into a ValueError that names the flags which halve it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch has a class for a GPU's memory, and words for that of a CPU or a Mac.
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not re.search("allocate memory|out of memory", str(error)):
+            raise
+        half, twice = settings.batch_size // 2, 2 * settings.grad_accum
+        advice = "halve --seq_len, or train a smaller model"
+        if half:
+            flags = f"--batch_size {half} --grad_accum {twice}"
+            advice = f"half the memory and the same steps in a new run: {flags}"
+        raise ValueError(f"out of memory; {advice}") from None
+
+
+def can_compile(model: lamoe.LaMoE) -> bool:
+    """Whether no layer loops over experts, which asks the device how many rows each of them has."""
+    weight = model.embed.weight
+    x = torch.empty(0, device=weight.device, dtype=lamoe.compute_dtype(weight))
+    return not model.sparse_layers or lamoe.pick_kernels(x, model.config)[1] is lamoe.sorted_moe
+
+
+def compile_blocks(model: lamoe.LaMoE) -> None:
+    """Compiles the block, once for all layers since they share its code, and the loss.
+
+    `forward` and not the module, so that what FSDP hooks around a block stays outside.
+    """
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+    model.predict = torch.compile(model.predict, fullgraph=True, dynamic=False)
+
+
+def compile_model(run) -> None:
+    """Compiles the model and runs it once, so that no step of the log has that time in it."""
+    if not run.settings.compile:
+        return
+    started, (inputs, targets) = time.perf_counter(), run.data.batches(0, run.settings.device)
+    with autocast(run.settings):
+        if not can_compile(run.model):
+            why = "experts need bf16 on an NVIDIA card from Ampere on"
+            return print_line(f"compile    {why}: not compiled")
+    print_line("compile    writing kernels for this model; about half a minute, less the next time")
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=run.settings.device))
+    except Exception as error:  # whatever a missing compiler makes of it
+        why = f"there is no compiler here ({first_line(error)})"
+        return print_line(f"           {why}: going on without")
+    compile_blocks(run.model)
+    here = [torch.cuda.current_device()] if run.settings.device == "cuda" else []
+    with torch.random.fork_rng(here), warnings.catch_warnings():  # leaves no trace in the run
+        warnings.simplefilter("ignore")  # the compiler's hints to itself
+        with autocast(run.settings):
+            out = run.parallel(inputs, targets, return_logits=False)
+        (out.loss + out.aux).backward()
+    for weight in run.model.parameters():
+        weight.grad = None
+    print_line(f"           done in {time.perf_counter() - started:.0f} s")
+
+
+@contextlib.contextmanager
+def stop_on_signals():
+    """A list that Ctrl-C fills: the current step is finished, then saved. Twice: at once.
+
+    So does SIGTERM, with which schedulers end a job, of a single process: torchrun has its own way.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM] if ranks.WORLD == 1 else [signal.SIGINT]
+    pressed = []
+
+    def handler(number, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield pressed
+    finally:
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)

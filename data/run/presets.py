@@ -1,0 +1,136 @@
+"""Settings: which suit a device, a text, or the fine-tuning of a model; and what a resume keeps.
+
+A setting comes from the command line, else from the model of --init, else from the preset, else
+from the size of the text, else from its default.
+"""
+
+import dataclasses
+import math
+
+import lamoe
+from data.run import machine
+from data.run.flags import OneLineParser, add_flags, pick_device
+
+LAPTOP = {"qk_norm": True}
+GPU = {**LAPTOP, "steps": 1200, "batch_size": 64, "compile": True, "draw_mb": 64}
+# 285M parameters, 115M active, for gigabytes of text; fits a card of 24 GB. 262,144 tokens a step.
+GPU_LARGE = {**GPU, "dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4, "n_experts": 8}
+GPU_LARGE |= {"hidden_dim": 1024, "seq_len": 1024, "vocab_size": 50304, "tie_embeddings": True}
+GPU_LARGE |= {"batch_size": 16, "grad_accum": 16, "steps": 4000, "lr": 1e-3, "muon_lr": 0.02}
+GPU_LARGE |= {"muon_ffn": False}  # so that --fsdp can shard the experts
+PRESETS = {"laptop": LAPTOP, "gpu": GPU, "gpu-large": GPU_LARGE}
+
+# Articles of a few megabytes. Muon has the experts here, so that `lr` is the rate of embeddings and
+# head alone; without muon_ffn, 4e-3 is better.
+ARTICLES = {"vocab_size": 4096, "seq_len": 256, "n_layers": 3, "lr": 2e-2, "weight_decay": 0.3}
+ARTICLES |= {"muon_lr": 0.04, "muon_ffn": True}
+# (size of the text in bytes, settings for texts below it), each row measured on texts of its size.
+# A small text gets a small vocabulary, because a model must meet a token often to learn it, and a
+# short context, which makes more windows of it. It is read many times over: a high weight decay
+# keeps the model from learning it by heart. The third row is for the embedded corpora. They have
+# few words, a high weight decay harms the recall of names, and with muon_ffn recall comes late.
+TEXTS = (
+    (4e6, {"vocab_size": 2048, "seq_len": 64, "n_layers": 4, "lr": 4e-3, "weight_decay": 0.6}),
+    (6e6, ARTICLES),
+    (1e8, {"vocab_size": 2048, "seq_len": 256, "n_layers": 3, "lr": 8e-3, "weight_decay": 0.1}),
+    (math.inf, {"vocab_size": 8192, "seq_len": 512, "lr": 4e-3, "weight_decay": 0.1}),
+)
+TUNE = {"lr": 2e-4, "muon_lr": 5e-4, "muon_ffn": False}  # with --init: low, to keep what is learned
+
+# Where a run happens, not what it trains: free to differ on a resume.
+PLACES = {"out", "device", "compile", "fsdp"}
+# Fields of lamoe.Config on which no weight depends: free to differ from the model of --init.
+FREE = "seq_len dropout balance_weight z_weight capacity_factor eval_capacity_factor jitter".split()
+FREE += ["bias_rate", "sequence_weight"]
+
+
+def parse(description: str, train_config, arguments: list[str] | None = None) -> dict:
+    """The flags given; one that is not given is absent, so that a preset can fill it in."""
+    description = description.split("\n\n")[0]
+    parser = OneLineParser("train.py", description=description, allow_abbrev=False)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    plot = "draw the logs of runs into one picture, --out"
+    parser.add_argument("--plot", nargs="+", metavar="RUN", help=plot)
+    by_text = {name: "by the size of the text" for _, settings in TEXTS for name in settings}
+    for cls in (train_config, lamoe.Config):
+        add_flags(parser, cls, LAPTOP | by_text, {"router": sorted(lamoe.ROUTERS)})
+    flags = vars(parser.parse_args(arguments))
+    by_preset = [name for name in ("steps", "draw_mb") if flags.get(name) == 0]
+    return {name: value for name, value in flags.items() if name not in by_preset}
+
+
+def pick_preset(flags: dict) -> tuple[str, str]:
+    """(device, name of the preset)."""
+    device = pick_device(flags.get("device", "auto"))
+    preset = flags.get("preset") or ("gpu" if device == "cuda" else "laptop")
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is unknown; try one of {sorted(PRESETS)}")
+    return device, preset
+
+
+def settings_of_data(train_config, flags: dict, saved: dict | None) -> dict:
+    """What is settled before the text is read: its size may decide the rest."""
+    if saved:
+        return saved["train_config"]
+    return {**vars(train_config()), **PRESETS[pick_preset(flags)[1]], **flags}
+
+
+def resolve_config(train_config, flags: dict, corpus, init=None, tokenizer=None):
+    """(TrainConfig, lamoe.Config) of a new run; train_config is the class.
+
+    init: the model to start from, if there is one, and its tokenizer; flags can't change what its
+    weights depend on.
+    """
+    device, preset = pick_preset(flags)
+    by_text = next(settings for limit, settings in TEXTS if corpus.train.n_bytes < limit)
+    chosen = {**by_text, **PRESETS[preset], **flags}
+    if init and not tokenizer:
+        raise ValueError(f"{flags['init']} has no tokenizer; put the model's tokenizer.json there")
+    if init:
+        of_model = fields_of_init(init.config, chosen["seq_len"], flags)
+        chosen = {**chosen, **TUNE, **of_model, **flags}
+    chosen |= {"device": device, "preset": preset}
+    settings, config = (
+        cls(**{f.name: chosen[f.name] for f in dataclasses.fields(cls) if f.name in chosen})
+        for cls in (train_config, lamoe.Config)
+    )
+    settings.dtype = machine.pick_dtype(settings.dtype, device)
+    machine.check_memory(config)
+    return settings, config
+
+
+def fields_of_init(init: lamoe.Config, seq_len: int, flags: dict) -> dict:
+    """The fields of the model to start from, its context cut to seq_len; flags may change FREE."""
+    fields = {**dataclasses.asdict(init), "seq_len": min(seq_len, init.seq_len)}
+    if "tokenizer" in flags:
+        raise ValueError(f"--tokenizer: {flags['init']} brings its own; leave it out")
+    for name, value in flags.items():
+        if name in fields and name not in FREE and value != fields[name]:
+            raise ValueError(
+                f"--{name} {value} differs from the {fields[name]} of {flags['init']}; leave it out"
+            )
+    if flags.get("seq_len", 0) > init.seq_len:
+        raise ValueError(
+            f"--seq_len {flags['seq_len']} is more than the {init.seq_len} positions that "
+            f"{flags['init']} knows; try --seq_len {init.seq_len}"
+        )
+    return fields
+
+
+def resumed_config(train_config, flags: dict, saved: dict):
+    """(TrainConfig, lamoe.Config) of a run that goes on: as saved, but for its PLACES.
+
+    ValueError for a flag that differs from what the run began with.
+    """
+    settings, config = train_config(**saved["train_config"]), lamoe.Config(**saved["config"])
+    known = {**dataclasses.asdict(config), **dataclasses.asdict(settings), **saved["given"]}
+    for name, value in flags.items():
+        if name not in PLACES and value != known[name]:
+            raise ValueError(
+                f"--{name} {value} differs from the run's {known[name]}; leave it out to "
+                f"resume, or start a new run with another --out"
+            )
+    device = pick_device(flags.get("device", settings.device))
+    compiles = flags.get("compile", settings.compile and device == "cuda")
+    places = {"device": device, "compile": compiles, "fsdp": flags.get("fsdp", False)}
+    return dataclasses.replace(settings, **places), config

@@ -1,0 +1,102 @@
+"""Every measurement script is started as a person starts it, with its smallest size."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import random_model, small_config
+from tiny_run import make_text
+
+from bpe import Tokenizer
+from data.run import checkpoint
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# `python tests/SCRIPT arguments`, but what it draws goes into the cache of this test.
+START = """
+import runpy, sys
+from pathlib import Path
+cache, script, *arguments = sys.argv[1:]
+sys.path[:0] = [str(Path(script).parent), str(Path(script).parents[1])]
+from data import datasets
+datasets.CACHE, sys.argv = Path(cache), [script, *arguments]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.fixture
+def printed(cache, tmp_path):
+    """A function that starts a script in a folder with a text, and returns what it prints."""
+    (tmp_path / "book.txt").write_text(make_text(20_000), encoding="utf-8")
+
+    def start(script, *arguments):
+        command = [sys.executable, "-c", START, cache, TESTS / script, *map(str, arguments)]
+        result = subprocess.run(
+            command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return start
+
+
+def test_bench_runs_on_this_machine_and_prints_no_nan(printed):
+    text = printed("bench.py", "--smallest", "train", "routers", "layer", "generate")
+    for words in ("matrix product", "64 experts, top 8", "of topk k=1", "of peak", "small"):
+        assert words in text, words
+    assert "nan" not in text
+
+
+@pytest.mark.oracle
+def test_bench_compares_with_hugging_face(printed):
+    pytest.importorskip("transformers")
+    assert "LaMoE over it" in printed("bench.py", "--smallest", "peers")
+
+
+def test_bench_runs_on_several_ranks(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [TESTS / "bench.py", "--smallest", "scaling", "largest"]
+    result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for words in ("alone", "DDP", "FSDP2", "largest"):
+        assert words in result.stdout and "nan" not in result.stdout, words
+
+
+def test_bench_stories_counts_stories(printed, tmp_path):
+    model, tokenizer = random_model(small_config(vocab_size=257, seq_len=64)), Tokenizer([])
+    parts = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
+    checkpoint.save(tmp_path / "model.pt", {**parts, "tokenizer": tokenizer.state()})
+    text = printed("bench_stories.py", "--model", "model.pt", "--n", 1, "--draw_mb", 1)
+    assert "broken   Once, upon a time" in text
+    assert "0 of 1 are complete, 0 are training documents" in text
+
+
+def test_bench_tokens_compares_with_encode_array(printed):
+    text = printed("bench_tokens.py", "book.txt", "--vocab_size", 300, "--rounds", 1)
+    assert "to disk:" in text and "ratio" in text
+
+
+@pytest.mark.oracle
+def test_bench_bpe_compares_with_rustbpe_and_tiktoken(printed):
+    for module in ("rustbpe", "tiktoken"):
+        pytest.importorskip(module)
+    text = printed("bench_bpe.py", "book.txt", "--vocab_size", 300, "--rounds", 1)
+    assert "merges equal: True" in text and "x the speed" in text
+
+
+@pytest.mark.oracle
+def test_bench_bpe_compares_the_ids_of_random_strings(printed):
+    for module in ("transformers", "tiktoken"):
+        pytest.importorskip(module)
+    text = printed("bench_bpe.py", "book.txt", "--vocab_size", 300, "--fuzz", 100)
+    assert text.startswith("100 of 100 strings"), text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, /proc and signals of Linux")
+@pytest.mark.parametrize("campaign, n", [("kills", 1), ("power", 1), ("files", 1), ("fuzz", 1000)])
+def test_each_campaign_of_torture_comes_to_its_end(campaign, n, printed):
+    text = printed("torture.py", campaign, "--n", n, "--every", 1000)
+    assert text.splitlines()[-1].startswith(f"{campaign}: "), text
