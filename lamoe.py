@@ -16,6 +16,7 @@ The name of a tensor ends in its shape, one letter per dimension:
   M groups of experts (deepseek)   1, 2, 3 that many
 """
 
+import contextlib
 import dataclasses
 import math
 from functools import partial
@@ -78,7 +79,6 @@ class Config:
         near = max(pair, self.dim // pair * pair)  # RoPE turns pairs: a head has an even width
         even = max(2, self.head_size + self.head_size % 2)
         shared = [g for g in range(1, min(heads, 999) + 1) if heads % g == 0]
-        choosable = experts // self.n_groups * self.top_groups
 
         def check(is_right, message: str) -> None:
             if not is_right:
@@ -87,19 +87,20 @@ class Config:
         check(self.rope_theta > 0, f"rope_theta={self.rope_theta} must be above 0; try 10000")
         check(self.rope_factor >= 1, f"rope_factor={self.rope_factor} must be at least 1: off")
         check(self.dropout < 1, f"dropout={self.dropout} must be below 1; try 0.1")
-        known = f"try one of {sorted(ROUTERS)}"
-        check(self.router in ROUTERS, f"router={self.router!r} is unknown; {known}")
+        check(self.router in ROUTERS, f"router={self.router!r} is unknown; try one of {[*ROUTERS]}")
         wrong = f"dim={self.dim} does not divide into n_heads={heads} heads of an even width"
-        is_even = self.head_dim or self.dim % pair == 0
-        check(is_even, f"{wrong}; try dim={near} or dim={near + pair}")
-        wrong = f"head_dim={self.head_dim} must be even (RoPE)"
-        check(self.head_size == even, f"{wrong}; try head_dim={even}")
+        check(
+            self.head_dim or self.dim % pair == 0, f"{wrong}; try dim={near} or dim={near + pair}"
+        )
+        wrong = f"head_dim={self.head_dim} must be even (RoPE); try head_dim={even}"
+        check(self.head_size == even, wrong)
         wrong = f"n_heads={heads} is not divisible by n_kv_heads={self.n_kv_heads}"
         check(heads % self.n_kv_heads == 0, f"{wrong}; try n_kv_heads from {shared}")
         if experts > 1:
             wrong = f"n_groups={self.n_groups}, top_groups={self.top_groups} do not divide"
             is_whole = experts % self.n_groups == 0 and self.top_groups <= self.n_groups
             check(is_whole, f"{wrong} n_experts={experts}; try n_groups=1 top_groups=1")
+            choosable = experts // self.n_groups * self.top_groups
             wrong = f"top_k={self.top_k} is more than {choosable}, of n_experts={experts}"
             check(self.n_active <= choosable, f"{wrong}; try top_k={choosable}")
 
@@ -108,8 +109,7 @@ class Config:
         is_real = kind in (float, float | None)
         fits = isinstance(value, kind) or (is_real and type(value) is int)
         if not fits or (type(value) is bool and kind is not bool):
-            kind = getattr(kind, "__name__", kind)
-            raise ValueError(f"{name}={value!r:.80} must be of the type {kind}")
+            raise ValueError(f"{name}={value!r:.80} must be {getattr(kind, '__name__', kind)}")
         least = int(kind is int and name not in ("n_shared_experts", "n_dense_layers"))
         limit = 2**63 if type(value) is int else 1e30  # torch converts no larger ones
         if kind in (int, float, float | None) and not least <= (value or 0) < limit:
@@ -139,10 +139,9 @@ class RMSNorm(nn.Module):
 
 def rope_table(head_dim, length, theta: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """cos and sin, (length, K) each, of the angle by which a position turns a pair [3, eq. 15].
-
     Pair i turns by position * theta^(-2i/K): the first pairs are fast and tell neighbours apart,
-    the last are slow and tell paragraphs apart. Llama 3.1 slows by `factor` those that turn less
-    than once in 8,192 positions, and gradually fewer of up to 4 turns [12].
+    the last are slow and tell paragraphs apart. Llama 3.1 slows by `factor` those of less than one
+    turn in 8,192 positions, and gradually fewer of up to 4 turns [12].
     """
     speed = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     if factor != 1:
@@ -172,18 +171,18 @@ class Cache:
     def __init__(self, c: Config, batch: int, length: int, device=None, dtype=torch.float32):
         if c.eval_capacity_factor is not None:  # a step would see other competitors for capacity
             raise ValueError("eval_capacity_factor can't be used with a cache; set it to None")
-        shape = (batch, c.n_kv_heads, length, c.head_size)
-        zeros = partial(torch.zeros, shape, device=device, dtype=dtype)
+        zeros = partial(torch.zeros, batch, c.n_kv_heads, length, c.head_size)
+        zeros = partial(zeros, device=device, dtype=dtype)
         # Not one big tensor: a compiled step that writes into a part of it would first copy it all.
         self.layers = [(zeros(), zeros()) for _ in range(c.n_layers)]
         self.length = 0
 
     def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a layer's new keys and values; returns all of its up to them."""
-        (k_BGSK, v_BGSK), end = self.layers[layer], self.length + k_BGTK.shape[2]
-        k_BGSK[:, :, self.length : end] = k_BGTK.detach()
-        v_BGSK[:, :, self.length : end] = v_BGTK.detach()
-        return k_BGSK[:, :, :end], v_BGSK[:, :, :end]
+        end = self.length + k_BGTK.shape[2]
+        for kept, new in zip(self.layers[layer], (k_BGTK, v_BGTK), strict=True):
+            kept[:, :, self.length : end] = new.detach()
+        return tuple(kept[:, :, :end] for kept in self.layers[layer])
 
 
 def plain_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS=None) -> Tensor:
@@ -196,8 +195,8 @@ def plain_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS=None
     if mask_TS is None:
         mask_TS = q_BHTK.new_full((T, S), -torch.inf).triu(S - T + 1)
     q, k, v = q_BHTK.reshape(B * G, -1, K), k_BGSK.flatten(0, 1), v_BGSK.flatten(0, 1)
-    scores = torch.baddbmm(mask_TS.repeat(H // G, 1), q, k.mT, alpha=K**-0.5)
-    return (scores.softmax(-1) @ v).view(B, H, T, K)
+    scores = torch.baddbmm(mask_TS.repeat(H // G, 1), q, k.transpose(1, 2), alpha=K**-0.5)
+    return torch.bmm(scores.softmax(-1), v).view(B, H, T, K)
 
 
 def fused_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> Tensor:
@@ -277,9 +276,9 @@ def run_expert(x_PD: Tensor, weight_P1: Tensor, gate_up: Tensor, down: Tensor) -
 def plain_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Tensor) -> Tensor:
     """sum_a weights[n, a] * expert[experts[n, a]](x[n]), (N, D): a sparse layer as a loop.
 
-    Each expert takes the tokens that chose it, and adds its results to theirs. It learns from these
-    alone; without any it adds nothing and gets a gradient of zero, and only the losses of section 5
-    can bring it back. In four lines; those below are the same, at a CPU's full speed:
+    Each expert takes the tokens that chose it, and adds its results to theirs. One without
+    tokens adds nothing, gets a gradient of zero, and only the losses of section 5 bring it back. In
+    four lines; the code below does the same at a CPU's full speed:
 
     >>> (x, y), experts = torch.randn(2, 5, 8), Experts(4, dim=8, hidden_dim=16)
     >>> gate_up, down = (nn.init.normal_(p).data for p in experts.parameters())
@@ -307,18 +306,16 @@ def plain_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Te
 
 
 # --- 4. Dispatch: the same sparse layer for a GPU -------------------------------------------------
-# The loop asks for each expert which tokens are its own: a GPU would wait for Python every time.
-# Sorting the P = N*A pairs (token, expert) by expert makes the rows of each expert one block, and
-# all blocks one grouped product: row p is a copy of token token_P1[p], the a-th copy of token n is
-# row slot_NA[n, a], and the rows of expert e end before row ends_E[e].
+# The loop asks how many rows each expert has, and a GPU would wait. With the P = N*A pairs (token,
+# expert) sorted by expert all is one grouped product: row p is a copy of token token_P1[p], the
+# a-th copy of token n is row slot_NA[n, a], and the rows of expert e end before row ends_E[e].
 
 
 class Gather(torch.autograd.Function):
     """The sum over a of x[index[:, a]]; `back` is the index of the opposite way.
 
     Copies of tokens go out along token_P1, results come back along slot_NA: each is the transpose
-    of the other. autograd doesn't know that, and would scatter-add gradients: slowly, and on a GPU
-    in an order that changes from run to run.
+    of the other. autograd would scatter-add gradients: slowly, in an order that varies on a GPU.
     """
 
     @staticmethod
@@ -379,10 +376,10 @@ class Routing(NamedTuple):  # row n = b*T + t is that token's
 
 def choose(scores_NE: Tensor, k: int) -> Tensor:
     """The k best experts, (N, k), in order. Compiled, k rounds are one kernel; topk would sort."""
-    scores_NE, chosen = scores_NE.detach(), []
+    expert_E, chosen = torch.arange(scores_NE.shape[-1], device=scores_NE.device), []
     for _ in range(k):
-        chosen.append(scores_NE.argmax(-1, keepdim=True))
-        scores_NE = scores_NE.scatter(-1, chosen[-1], -torch.inf)
+        chosen.append(scores_NE.detach().argmax(-1, keepdim=True))
+        scores_NE = torch.where(expert_E == chosen[-1], -torch.inf, scores_NE)
     return torch.cat(chosen, -1)
 
 
@@ -405,8 +402,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(c.n_experts, c.dim))  # a row per expert
 
     @staticmethod
-    def n_active(c: Config) -> int:
-        """Experts that a token is sent to, for counting."""
+    def n_active(c: Config) -> int:  # experts that a token is sent to, for counting
         return c.top_k
 
     def init_weights(self) -> None:
@@ -466,10 +462,10 @@ class TopK(Router):
 class Noisy(Router):
     """Noisy top-k gating [7, eq. 3-5]: softmax(TopK(x W + normal * softplus(x W_noise))).
 
-    The noise lets a token try other experts; W_noise is learned and says how much. Two losses, each
-    the squared coefficient of variation (CV) over the experts: of their summed weights (eq. 6-7),
-    and of their load (appendix A). A count has no gradient, so load is the summed probability of
-    being chosen if the noise were drawn again: Phi((x W - what to beat) / softplus(x W_noise)).
+    The noise lets a token try other experts; W_noise is learned and says how much. Two losses: the
+    squared coefficient of variation over the experts of their summed weights (eq. 6-7) and of their
+    load (appendix A). A count has no gradient, so load is the summed probability of being chosen if
+    the noise were drawn again: Phi((x W - what to beat) / softplus(x W_noise)).
     """
 
     def __init__(self, c: Config):
@@ -506,13 +502,8 @@ class Switch(Router):
     """Switch routing [8, section 2]: the one best expert, weighted with its raw probability.
 
     The raw probability lets the task teach the router: renormalised over one expert it would be 1.
-    An expert takes capacity_factor * N / E tokens (eq. 3), as the experts of [8] compute a fixed
-    number of rows (ours needn't); a token beyond that skips the layer. The queue is in order of
-    time, all rows of the batch at t before any at t + 1: a later token can't push out an earlier.
-
-    >>> experts_BT = torch.tensor([[0, 0, 1], [0, 1, 1]])  # two rows, three times
-    >>> Switch.queue(experts_BT, 2).tolist()               # 1: first in the queue of its expert
-    [[1, 3, 2], [2, 1, 3]]
+    An expert takes capacity_factor * N / E tokens (eq. 3); a token beyond that skips the layer. The
+    queue is in order of time, rows at t before those at t + 1: the future can't push tokens out.
     """
 
     @staticmethod
@@ -548,8 +539,8 @@ class DeepSeek(Router):
 
     Scores are sigmoids (eq. 15). The bias chooses: TopK(score + bias) (eq. 16); the score weighs:
     score / sum of the chosen scores * routed_scale (eq. 13, 12): balance never distorts the output.
-    Allowed are the top_groups groups with the largest sum of their two best. Within a sequence a
-    tiny loss guards against extremes (eq. 17-20).
+    Allowed are the top_groups groups with the largest sum of their two best. A tiny loss within
+    each sequence guards against extremes (eq. 17-20).
     """
 
     def __init__(self, c: Config):
@@ -690,10 +681,9 @@ class LaMoE(nn.Module):
     def init_weights(self):
         """Normal(0, 0.02), but what a block adds to the residual stream starts at zero.
 
-        0.02 is GPT-2's; behind norms it matters little. The zeros make each block start as the
-        identity, and the loss at ln(V). An embedding that isn't tied starts at 1: training pulls
-        words of like contexts, such as names, towards one vector; a large start leaves them far
-        enough apart to copy the right one. Tied, the first logits would be wrong.
+        0.02 is GPT-2's; behind norms it matters little. Zeros make a block start as the identity,
+        the loss at ln(V). An embedding that isn't tied starts at 1, as training pulls words of like
+        contexts, such as names, towards one vector, from where none can be copied.
         """
         for module in self.modules():
             if isinstance(module, nn.Embedding):
@@ -718,7 +708,6 @@ class LaMoE(nn.Module):
         self, ids_BT, targets_BT=None, cache=None, return_experts=False, return_logits=True
     ) -> Output:
         """Logits for the token after each position; with targets, also the loss (-100: not scored).
-
         With a cache, ids are the T positions after those it holds. return_logits=False, where they
         are not wanted, spares a gradient of their size.
         """
@@ -754,8 +743,7 @@ class LaMoE(nn.Module):
             loss = nn.functional.cross_entropy(flat_NV, targets_BT.flatten())
         return (logits_BTV if return_logits else None), loss
 
-    def update_bias(self, load_LE: Tensor) -> None:
-        """After each optimizer step, with its load: some routers balance by a bias (DeepSeek)."""
+    def update_bias(self, load_LE: Tensor) -> None:  # after each optimizer step, with its load
         for i, load_E in zip(self.sparse_layers, load_LE, strict=True):
             self.blocks[i].ffn.router.update_bias(load_E)
 
@@ -788,7 +776,7 @@ def sample(logits_BV: Tensor, noise_BV: Tensor, temperature: float = 1.0, *filte
 
     The draw is argmax(probs / noise), with noise from Exponential(1): a clock of rate p_i rings at
     time noise_i / p_i, and of all clocks i is the first with probability p_i. No number leaves the
-    GPU. Noise of 0 would let 0 / 0 win, a temperature near 0 would overflow.
+    GPU. (A noise of 0 would let 0 / 0 win, a temperature near 0 would overflow.)
     """
     if temperature < 1e-6:
         return logits_BV.argmax(-1)
@@ -797,8 +785,8 @@ def sample(logits_BV: Tensor, noise_BV: Tensor, temperature: float = 1.0, *filte
 
 
 # One token at a time: hundreds of tiny operations, and a GPU waits longer for Python than it works.
-# So in `Step` all state stays in the same memory, shapes never change, and nothing is asked back
-# from the GPU: a step can be captured as a CUDA graph and replayed, or compiled.
+# So `Step` keeps its state in the same memory, in fixed shapes, and asks nothing back from the GPU:
+# it can be captured as a CUDA graph and replayed, or compiled.
 
 
 def moe_one(experts: Experts, x_1D: Tensor, experts_1A: Tensor, weights_1A: Tensor) -> Tensor:
@@ -808,12 +796,24 @@ def moe_one(experts: Experts, x_1D: Tensor, experts_1A: Tensor, weights_1A: Tens
     if not (x_1D.is_cuda or torch.compiler.is_compiling()):
         rows = zip(experts_A.tolist(), weights_A, strict=True)
         return sum(run_expert(x_1D, weight, gate_up[e], down[e]) for e, weight in rows)
-    # Indexing copies the weights; compiled, each kernel reads them where they lie.
+    # Compiled, nothing is copied; index_copy keeps h from being computed anew for each row of down.
     h_AF = swiglu((gate_up[experts_A] * x_1D).sum(-1, dtype=torch.float32)) * weights_A[:, None]
-    # The compiler fuses nothing across index_copy: else each row of down would compute h anew.
     h_AF = torch.empty_like(h_AF).index_copy(0, torch.arange(len(h_AF), device=h_AF.device), h_AF)
     y_AD = (down[experts_A] * h_AF.to(x_1D.dtype)[:, None]).sum(-1, dtype=torch.float32)
     return y_AD.sum(0, keepdim=True).to(x_1D.dtype)
+
+
+class WrittenOut(torch.overrides.TorchFunctionMode):
+    """Inside, products with a few rows are sums, which the compiler fuses with their neighbours."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function not in (nn.functional.linear, torch.bmm, torch.baddbmm):
+            return function(*args, **(kwargs or {}))
+        a, b = args[1:3] if function is torch.baddbmm else args[:2]
+        b = b.transpose(0, 1) if function is nn.functional.linear else b
+        y = (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2, dtype=torch.float32)
+        y = args[0] + kwargs["alpha"] * y if function is torch.baddbmm else y
+        return y.to(a.dtype)
 
 
 class Step:
@@ -831,7 +831,7 @@ class Step:
         self.seen_BV = torch.zeros(B, V, dtype=torch.bool, device=device)
         self.done_B = torch.zeros(B, dtype=torch.bool, device=device)
         self.noise_BV = torch.ones(B, V, device=device)
-        self.next, self.static = self.run, self.position.is_cuda
+        self.next, self.static, self.fuses = self.run, self.position.is_cuda, False
 
     def read(self, ids_BT: Tensor) -> None:
         """Reads the prompt; leaves the next token of each row in ids_B1."""
@@ -853,10 +853,12 @@ class Step:
             return [k.index_copy_(2, at, x)[:, :, :end] for k, x in zip(kept, new, strict=True)]
 
         x_B1D, kernels = m.embed(self.ids_B1).to(self.dtype), (attention, self.moe)
-        for block, kept in zip(m.blocks, self.cache.layers, strict=True):
-            rope, to_cache = (m.cos[at], m.sin[at]), partial(append, kept)
-            x_B1D, _ = block(x_B1D, self.ids_B1, *rope, kernels, to_cache)
-        self.pick(m.head(m.norm(x_B1D))[:, 0], self.ids_B1)
+        with WrittenOut() if self.fuses else contextlib.nullcontext():
+            for block, kept in zip(m.blocks, self.cache.layers, strict=True):
+                rope, to_cache = (m.cos[at], m.sin[at]), partial(append, kept)
+                x_B1D, _ = block(x_B1D, self.ids_B1, *rope, kernels, to_cache)
+            logits_BV = m.head(m.norm(x_B1D))[:, 0]
+        self.pick(logits_BV, self.ids_B1)
         self.position += 1
 
     def pick(self, logits_BV: Tensor, ids_BT: Tensor) -> None:
@@ -875,9 +877,9 @@ class Step:
     def capture(self, compile: bool) -> None:
         """Makes `next` the replay of a CUDA graph. Before the prompt: it leaves rubbish behind."""
         run, side, graph = self.run, torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        if compile:  # the option turns products with a single row into sums that fuse
-            options = {"coordinate_descent_tuning": True}
-            run = torch.compile(run, fullgraph=True, dynamic=False, options=options)
+        if compile:
+            self.fuses = len(self.ids_B1) == 1
+            run = torch.compile(run, fullgraph=True, dynamic=False)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # outside the graph: kernels are chosen, memory is taken
             for _ in range(3):
@@ -897,8 +899,7 @@ def generate(
 ):  # fmt: skip
     """Yields ids_B, one new token per row, until max_new_tokens, the end of the context, or until
     every row has had the stop token (which it then repeats; a GPU looks every 16 tokens). On a GPU,
-    `graph` captures a step as a CUDA graph (None: where that pays), `compile` compiles it before.
-    The same generator gives the same text either way, up to rounding.
+    `graph` captures a step as a CUDA graph (None: where that pays), `compile` compiles it, too.
     """
     if model.training:
         raise ValueError("generate needs the model in evaluation mode; call model.eval() first")

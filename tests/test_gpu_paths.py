@@ -99,7 +99,7 @@ def test_a_step_of_fixed_shapes_generates_the_same(router, n_experts, temperatur
         )
     ]
     step = lamoe.Step(model, 1, 20, (temperature, None, None, 0.05), 1.0, None)
-    step.static, generator = True, torch.Generator().manual_seed(1)
+    step.static, step.fuses, generator = True, True, torch.Generator().manual_seed(1)
     compiled = torch.compile(step.run, fullgraph=True, dynamic=False)
     found = []
     with torch.inference_mode():
