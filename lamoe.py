@@ -171,8 +171,8 @@ class Cache:
     def __init__(self, c: Config, batch: int, length: int, device=None, dtype=torch.float32):
         if c.eval_capacity_factor is not None:  # a step would see other competitors for capacity
             raise ValueError("eval_capacity_factor can't be used with a cache; set it to None")
-        zeros = partial(torch.zeros, batch, c.n_kv_heads, length, c.head_size)
-        zeros = partial(zeros, device=device, dtype=dtype)
+        shape = (batch, c.n_kv_heads, length, c.head_size)
+        zeros = partial(torch.zeros, shape, device=device, dtype=dtype)
         # Not one big tensor: a compiled step that writes into a part of it would first copy it all.
         self.layers = [(zeros(), zeros()) for _ in range(c.n_layers)]
         self.length = 0
@@ -655,9 +655,7 @@ class Output(NamedTuple):  # of LaMoE.forward; the last three are None unless as
     expert_weights: Tensor | None = None  # (L, B, T, A): what each counts
     router_probs: Tensor | None = None  # (L, B, T, E): what they were chosen from
 
-    @property
-    def aux(self) -> Tensor:  # what training adds to the loss
-        return self.balance + self.z
+    aux = property(lambda self: self.balance + self.z)  # what training adds to the loss
 
 
 class LaMoE(nn.Module):
@@ -947,5 +945,5 @@ def count_parameters(model: LaMoE) -> dict[str, tuple[int, int]]:
 def flops_per_token(model: LaMoE) -> int:
     """To train on one token: 6 per weight, and 12 * layers * H * K * T/2 for causal attention."""
     c, parts = model.config, count_parameters(model)
-    attention = 12 * c.n_layers * c.n_heads * c.head_size * c.seq_len // 2
+    attention = 6 * c.n_layers * c.n_heads * c.head_size * c.seq_len
     return 6 * (parts["all"][1] - parts["norms"][1]) + attention
