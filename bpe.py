@@ -88,10 +88,12 @@ PATTERN = (
     r"|\s*[\r\n]|\s+(?!\S)|\s+"  # white space, leaving the last space to the next word
 )
 split_words = regex.compile(PATTERN).findall
+# `regex` decides what a letter is. Each version of Unicode has new ones; here one each of 15 to 18.
+UNICODE = 14 + len(regex.findall(r"\p{L}", "\U00011f04\u1c89\ua7ce\u208f"))
 
 # The pattern is slow (10 MB/s). So a cheap one (60 MB/s) first cuts text into chunks, and the slow
 # one splits each distinct chunk only once. Most cuts would change words: "a  b" splits differently
-# from "a " and " b", because of the lookahead, and "!" takes the line breaks after it. But the
+# from "a  " and "b", because of the lookahead, and "!" takes the line breaks after it. But the
 # pattern never looks behind, so a cut is safe where a word ends in any case:
 #   before a space after a non-space: every alternative that can end in a non-space stops there, and
 #       none looks beyond (the lookahead only ever follows white space);
@@ -285,7 +287,7 @@ class Tokenizer:
         self.merges = [tuple(pair) for pair in merges]
         self.eot = len(tokens)  # Tokenizer([]) is the byte tokenizer: 257 ids
         self.vocab_size = self.eot + 1
-        self.start = [self.eot]  # what stands before a text
+        self.start = self.stops = [self.eot]  # what stands before a text, and what ends one
         self.tokens = np.array([*tokens, SPECIAL.encode()], dtype=object)
         self.byte_lengths = np.array([len(token) for token in self.tokens])
         self._typecode = "H" if self.vocab_size <= 1 << 16 else "I"
@@ -336,7 +338,7 @@ class Tokenizer:
 
     def state(self):
         """Returns plain types, to embed in a checkpoint."""
-        return {"pattern": PATTERN, "merges": [list(pair) for pair in self.merges]}
+        return {"pattern": PATTERN, "unicode": UNICODE, "merges": [[*p] for p in self.merges]}
 
     @classmethod
     def from_state(cls, state):

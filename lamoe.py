@@ -10,7 +10,7 @@ top-k gating, Shazeer et al., 1701.06538 [8] Switch Transformer, 2101.03961 [9] 
 [10] DeepSeek-V3, 2412.19437 [11] Query-key norm, 2010.04245 [12] Llama 3, 2407.21783
 
 The name of a tensor ends in its shape, one letter per dimension:
-  B batch   T time (new positions)   S cached positions   N = B*T tokens   D dim   V vocabulary
+  B batch   T time (new positions)   S positions seen   N = B*T tokens   D dim   V vocabulary
   H query heads   G key/value heads   R = H/G   K head dim   E experts   F hidden dim of an expert
   A experts per token (top_k)   P = N*A (token, expert) pairs   L layers with experts
   M groups of experts (deepseek)   1, 2, 3 that many
@@ -85,7 +85,7 @@ class Config:
                 raise ValueError(message)
 
         check(self.rope_theta > 0, f"rope_theta={self.rope_theta} must be above 0; try 10000")
-        check(self.rope_factor >= 1, f"rope_factor={self.rope_factor} must be at least 1: off")
+        check(self.rope_factor >= 1, f"rope_factor={self.rope_factor} must be at least 1 (off)")
         check(self.dropout < 1, f"dropout={self.dropout} must be below 1; try 0.1")
         check(self.router in ROUTERS, f"router={self.router!r} is unknown; try one of {[*ROUTERS]}")
         wrong = f"dim={self.dim} does not divide into n_heads={heads} heads of an even width"
@@ -141,7 +141,7 @@ def rope_table(head_dim, length, theta: float, factor: float = 1.0) -> tuple[Ten
     """cos and sin, (length, K) each, of the angle by which a position turns a pair [3, eq. 15].
     Pair i turns by position * theta^(-2i/K): the first pairs are fast and tell neighbours apart,
     the last are slow and tell paragraphs apart. Llama 3.1 slows by `factor` those of less than one
-    turn in 8,192 positions, and gradually fewer of up to 4 turns [12].
+    turn in 8,192 positions, and those of up to 4 turns gradually less (its code; see [12]).
     """
     speed = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     if factor != 1:
@@ -157,8 +157,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Why this makes positions relative: read pairs as complex numbers. Turning by an angle a*t is a
     product with e^(iat), and a score is Re[q e^(iat) conj(k e^(ias))] = Re[q conj(k) e^(ia(t-s))]:
-    it depends on the distance t - s alone. Pairs are the two halves of a head, as in Hugging Face's
-    Llama. Meta's own files pair neighbours: read with the wrong pairs, a model writes nonsense.
+    for a query at t and a key at s only t - s counts. Pairs are the halves of a head, as in Hugging
+    Face's Llama; Meta's own files pair neighbours, and read so, a model writes nonsense.
     """
     left, right = x.chunk(2, dim=-1)
     turned = torch.cat((-right, left), dim=-1)
@@ -186,9 +186,9 @@ class Cache:
 
 
 def plain_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS=None) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v, (B, H, T, K): the queries are the last T of S positions.
-
-    mask_TS is added to the scores; None hides from each query the keys behind its position. Query
+    """softmax(q k^T / sqrt(K)) v, (B, H, T, K): the queries are the last T of S positions. A sum
+    of K products grows like sqrt(K): undivided, softmax would pick one key and have no gradient.
+    mask_TS is added to the scores; None hides from each query the keys after its position. Query
     head h reads key head h // R [4]: R heads become rows of one product, and no key is repeated.
     """
     (B, H, T, K), (G, S) = q_BHTK.shape, k_BGSK.shape[1:3]
@@ -202,14 +202,14 @@ def plain_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS=None
 def fused_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> Tensor:
     """The same by torch's fused kernel, which never writes the T x S scores to memory."""
     T, S, mask_TS = q_BHTK.shape[2], k_BGSK.shape[2], None
-    if 1 < T < S:  # a single query sees all keys; as many as keys are the kernel's own case
+    if 1 < T < S:  # one query sees all keys; where T = S, is_causal hides the later ones
         mask_TS = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).tril(S - T)
     attention = nn.functional.scaled_dot_product_attention
     return attention(q_BHTK, k_BGSK, v_BGSK, mask_TS, is_causal=T == S, enable_gqa=True)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention [4]: with G of H heads, the cache is G/H of the size."""
+    """Grouped-query attention [4]: G key/value heads for H query heads, a cache of G/H the size."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -257,7 +257,7 @@ class SwiGLU(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLUs in two stacked parameters, so that one grouped product can run them all."""
+    """E SwiGLUs in two stacks: one grouped product (a matrix per block of rows) runs them all."""
 
     def __init__(self, n_experts: int, dim: int, hidden_dim: int):
         super().__init__()
@@ -276,13 +276,13 @@ def run_expert(x_PD: Tensor, weight_P1: Tensor, gate_up: Tensor, down: Tensor) -
 def plain_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Tensor) -> Tensor:
     """sum_a weights[n, a] * expert[experts[n, a]](x[n]), (N, D): a sparse layer as a loop.
 
-    Each expert takes the tokens that chose it, and adds its results to theirs. One without
-    tokens adds nothing, gets a gradient of zero, and only the losses of section 5 bring it back. In
-    four lines; the code below does the same at a CPU's full speed:
+    Each expert takes the tokens that chose it, and adds its results to those tokens' outputs. One
+    without tokens adds nothing and has a gradient of zero: section 5 must send it tokens again. In
+    four lines (`for` to `+=`); the code below does the same at a CPU's full speed:
 
-    >>> (x, y), experts = torch.randn(2, 5, 8), Experts(4, dim=8, hidden_dim=16)
+    >>> x, y, experts = torch.randn(5, 8), torch.zeros(5, 8), Experts(4, dim=8, hidden_dim=16)
     >>> gate_up, down = (nn.init.normal_(p).data for p in experts.parameters())
-    >>> choices, weights, y = torch.rand(5, 4).topk(2).indices, torch.rand(5, 2), 0 * y
+    >>> choices, weights = torch.rand(5, 4).topk(2).indices, torch.rand(5, 2)
     >>> for e in range(4):
     ...     token, a = torch.where(choices == e)
     ...     weight = weights[token, a, None]
@@ -347,11 +347,11 @@ def sorted_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: T
     small = torch.uint8 if len(expert_E) <= 256 else torch.int32  # radix sort: one pass per byte
     order_P = flat_P.to(small).argsort(stable=True)
     steps_P = torch.arange(len(flat_P), device=flat_P.device)
-    slot_P = torch.empty_like(order_P).scatter_(0, order_P, steps_P)  # argsort without sorting
+    slot_P = torch.empty_like(order_P).scatter_(0, order_P, steps_P)  # inverse
     token_P1, slot_NA = order_P[:, None] // experts_NA.shape[1], slot_P.view_as(experts_NA)
     ends_E = (flat_P[:, None] == expert_E).sum(0).cumsum(0, dtype=torch.int32)
     x_PD = Gather.apply(x_ND, token_P1, slot_NA)
-    # The weights go the same way, as P tokens of one copy each.
+    # The weights go out in the same order: each is a token of its own, with a single copy.
     weight_P1 = weights_NA.to(x_ND.dtype).view(-1, 1)
     weight_P1 = Gather.apply(weight_P1, order_P[:, None], slot_P[:, None])
     gate_up, down = (p.to(x_ND.dtype).mT for p in experts.parameters())
@@ -360,14 +360,14 @@ def sorted_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: T
 
 
 # --- 5. Routers: which experts a token goes to, and how much each counts --------------------------
-# Choosing (experts_NA) has no gradient: a router learns from its weights (weights_NA) and losses.
+# Choosing (experts_NA) has no gradient: a router learns through weights_NA and through its losses.
 # All in fp32: bf16 would decide between experts by rounding. Noise is for training alone.
 
 
-class Routing(NamedTuple):  # row n = b*T + t is that token's
+class Routing(NamedTuple):  # row n = b*T + t is token t of sequence b
     experts_NA: Tensor  # chosen experts, distinct within a row
     weights_NA: Tensor  # what each counts in the output; 0 where the choice is dropped
-    probs_NE: Tensor | None = None  # what was chosen from, for those who ask to see it
+    probs_NE: Tensor | None = None  # of each expert, for those who ask to see it
     load_E: Tensor | None = None  # share of the choices per expert; None: MoE counts them
     balance: Tensor | float = 0.0  # weighted balance loss, in training
     z: Tensor | float = 0.0  # weighted z-loss, in training
@@ -394,7 +394,7 @@ def global_mean(x: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """What routers share. A new one is a subclass with `forward`, and a line in ROUTERS."""
+    """What routers share. A new one: a subclass, whose forward gives a Routing, in ROUTERS."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -429,9 +429,9 @@ class Router(nn.Module):
 def balance_loss(probs_NE: Tensor, load_E: Tensor) -> Tensor:
     """E * sum_e f_e P_e [8, eq. 4-6]: f the share of choices, P the mean probability of expert e.
 
-    f has no gradient; P has one, and is pushed down most where f is large. Uniform routing gives 1,
-    all choices on A experts E/A; below 1 it goes where f and P disagree. Both are of a whole batch:
-    within a sequence nothing asks for balance, and experts may specialise.
+    f has no gradient; P has one, and is pushed down most where f is large. Uniform routing gives 1
+    (not the minimum: it is lower where f and P disagree), all choices on A experts give E/A. Both
+    are of a whole batch: within a sequence nothing asks for balance, and experts may specialise.
 
     >>> one, even = torch.tensor([1.0, 0, 0, 0]), torch.full((4,), 0.25)
     >>> [balance_loss(p_E.repeat(2, 1), load_E=p_E).item() for p_E in (even, one)]
@@ -444,13 +444,13 @@ class TopK(Router):
     """Mixtral's router: weights = softmax(TopK(x W)) [6, section 2.1], balance loss, z-loss.
 
     At k = 1 that weight is always 1: only the two losses move this router. The z-loss, the mean of
-    logsumexp(logits)^2 [9, eq. 5], keeps logits small: large ones are coarse, and [9] diverged.
+    logsumexp(logits)^2 [9, eq. 5], keeps logits small: large ones round badly.
     """
 
     def forward(self, x_BTD: Tensor, ids_BT: Tensor | None = None) -> Routing:
         c, logits_NE = self.config, self.logits(x_BTD)
-        experts_NA, probs_NE = choose(logits_NE, c.top_k), logits_NE.softmax(-1)
-        weights_NA = logits_NE.gather(1, experts_NA).softmax(-1)
+        experts_NA = choose(logits_NE, c.top_k)
+        weights_NA, probs_NE = logits_NE.gather(1, experts_NA).softmax(-1), logits_NE.softmax(-1)
         if not self.training:
             return Routing(experts_NA, weights_NA, probs_NE)
         load_E = self.load(experts_NA)
@@ -462,10 +462,10 @@ class TopK(Router):
 class Noisy(Router):
     """Noisy top-k gating [7, eq. 3-5]: softmax(TopK(x W + normal * softplus(x W_noise))).
 
-    The noise lets a token try other experts; W_noise is learned and says how much. Two losses: the
-    squared coefficient of variation over the experts of their summed weights (eq. 6-7) and of their
-    load (appendix A). A count has no gradient, so load is the summed probability of being chosen if
-    the noise were drawn again: Phi((x W - what to beat) / softplus(x W_noise)).
+    The noise lets a token try other experts; W_noise is learned and says how much. Two losses, each
+    (std / mean)^2 over the experts: of their summed weights (eq. 6-7), and of their load (appendix
+    A). A count has no gradient, so load is the summed probability of being chosen if the noise were
+    drawn again, Phi((x W - what to beat) / softplus(x W_noise)), with Phi the normal CDF.
     """
 
     def __init__(self, c: Config):
@@ -503,7 +503,7 @@ class Switch(Router):
 
     The raw probability lets the task teach the router: renormalised over one expert it would be 1.
     An expert takes capacity_factor * N / E tokens (eq. 3); a token beyond that skips the layer. The
-    queue is in order of time, rows at t before those at t + 1: the future can't push tokens out.
+    queue goes by time: position t of all sequences, then t + 1. The future can't push tokens out.
     """
 
     @staticmethod
@@ -539,8 +539,8 @@ class DeepSeek(Router):
 
     Scores are sigmoids (eq. 15). The bias chooses: TopK(score + bias) (eq. 16); the score weighs:
     score / sum of the chosen scores * routed_scale (eq. 13, 12): balance never distorts the output.
-    Allowed are the top_groups groups with the largest sum of their two best. A tiny loss within
-    each sequence guards against extremes (eq. 17-20).
+    A token may choose from the top_groups groups whose two best scores sum highest. A tiny loss
+    within each sequence guards against extremes (eq. 17-20).
     """
 
     def __init__(self, c: Config):
@@ -613,7 +613,7 @@ class MoE(nn.Module):
 
 
 def pick_kernels(x: Tensor, c: Config) -> tuple:
-    """(attention, moe): the fastest code for x's device and dtype; nothing else asks for these."""
+    """(attention, moe): the fastest code for x's device and dtype. Section 7 asks once more."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         return plain_attention, plain_moe  # torch's fused attention is 1.5 to 4 times slower
     # Grouped products: bf16, an NVIDIA card from Ampere on, rows of a multiple of 16 bytes.
@@ -653,7 +653,7 @@ class Output(NamedTuple):  # of LaMoE.forward; the last three are None unless as
     dropped: Tensor  # share of choices lost to capacity
     experts: Tensor | None = None  # (L, B, T, A)
     expert_weights: Tensor | None = None  # (L, B, T, A): what each counts
-    router_probs: Tensor | None = None  # (L, B, T, E): what they were chosen from
+    router_probs: Tensor | None = None  # (L, B, T, E): of each expert
 
     aux = property(lambda self: self.balance + self.z)  # what training adds to the loss
 
@@ -679,9 +679,9 @@ class LaMoE(nn.Module):
     def init_weights(self):
         """Normal(0, 0.02), but what a block adds to the residual stream starts at zero.
 
-        0.02 is GPT-2's; behind norms it matters little. Zeros make a block start as the identity,
-        the loss at ln(V). An embedding that isn't tied starts at 1, as training pulls words of like
-        contexts, such as names, towards one vector, from where none can be copied.
+        0.02 is GPT-2's; a norm undoes most of any other size. Zeros make a block the identity, and
+        those of an untied head make the loss ln(V). An untied embedding starts at 1: training draws
+        words of like contexts (names, say) together; small vectors would be too alike to copy one.
         """
         for module in self.modules():
             if isinstance(module, nn.Embedding):
@@ -707,7 +707,7 @@ class LaMoE(nn.Module):
     ) -> Output:
         """Logits for the token after each position; with targets, also the loss (-100: not scored).
         With a cache, ids are the T positions after those it holds. return_logits=False, where they
-        are not wanted, spares a gradient of their size.
+        are not wanted, spares the compiled backward a gradient of their size.
         """
         c, start = self.config, 0 if cache is None else cache.length
         end = start + ids_BT.shape[1]
@@ -751,7 +751,7 @@ class LaMoE(nn.Module):
 
 def filter_logits(logits_BV, temperature=1.0, top_k=None, top_p=None, min_p=None) -> Tensor:
     """softmax(logits / temperature), (B, V), but 0 for what filters remove. top_k keeps the k most
-    likely, min_p those of min_p times the highest probability, top_p the fewest that reach top_p.
+    likely, min_p those of at least min_p times the highest, top_p the fewest that sum to top_p.
     """
     logits_BV = logits_BV / temperature
     if top_k is not None:
@@ -772,8 +772,8 @@ def filter_logits(logits_BV, temperature=1.0, top_k=None, top_p=None, min_p=None
 def sample(logits_BV: Tensor, noise_BV: Tensor, temperature: float = 1.0, *filters) -> Tensor:
     """One id per row, (B,), drawn from `filter_logits`; at temperature 0 the most likely.
 
-    The draw is argmax(probs / noise), with noise from Exponential(1): a clock of rate p_i rings at
-    time noise_i / p_i, and of all clocks i is the first with probability p_i. No number leaves the
+    The draw is argmax(probs / noise), noise from Exponential(1): clock i rings at noise_i / p_i,
+    that is at a rate of p_i, and is the first of all with probability p_i. No number leaves the
     GPU. (A noise of 0 would let 0 / 0 win, a temperature near 0 would overflow.)
     """
     if temperature < 1e-6:
@@ -796,8 +796,9 @@ def moe_one(experts: Experts, x_1D: Tensor, experts_1A: Tensor, weights_1A: Tens
         return sum(run_expert(x_1D, weight, gate_up[e], down[e]) for e, weight in rows)
     # Compiled, nothing is copied; index_copy keeps h from being computed anew for each row of down.
     h_AF = swiglu((gate_up[experts_A] * x_1D).sum(-1, dtype=torch.float32)) * weights_A[:, None]
+    h_AF = h_AF.to(x_1D.dtype)
     h_AF = torch.empty_like(h_AF).index_copy(0, torch.arange(len(h_AF), device=h_AF.device), h_AF)
-    y_AD = (down[experts_A] * h_AF.to(x_1D.dtype)[:, None]).sum(-1, dtype=torch.float32)
+    y_AD = (down[experts_A] * h_AF[:, None]).sum(-1, dtype=torch.float32)
     return y_AD.sum(0, keepdim=True).to(x_1D.dtype)
 
 
@@ -862,7 +863,7 @@ class Step:
     def pick(self, logits_BV: Tensor, ids_BT: Tensor) -> None:
         """Puts the next token of each row into ids_B1; ids_BT were read since the last one."""
         logits_BV = logits_BV.float()
-        if self.penalty != 1:  # divides the logits of tokens already seen (arXiv:1909.05858)
+        if self.penalty != 1:  # makes tokens already seen less likely (arXiv:1909.05858)
             self.seen_BV.scatter_(1, ids_BT, True)
             factor_BV = torch.where(logits_BV > 0, 1 / self.penalty, self.penalty)
             logits_BV = torch.where(self.seen_BV, logits_BV * factor_BV, logits_BV)
@@ -943,7 +944,7 @@ def count_parameters(model: LaMoE) -> dict[str, tuple[int, int]]:
 
 
 def flops_per_token(model: LaMoE) -> int:
-    """To train on one token: 6 per weight, and 12 * layers * H * K * T/2 for causal attention."""
+    """To train on one token: 6 per weight (2 forward, 4 back), 12 * layers * H * K * T/2 more."""
     c, parts = model.config, count_parameters(model)
-    attention = 6 * c.n_layers * c.n_heads * c.head_size * c.seq_len
+    attention = 6 * c.n_layers * c.n_heads * c.head_size * c.seq_len  # causal: half of T x T
     return 6 * (parts["all"][1] - parts["norms"][1]) + attention

@@ -18,9 +18,9 @@ import time
 from functools import partial
 from pathlib import Path
 
+from data.exchange import experts, load  # isort: skip (before torch: see data/__init__.py)
 import torch
 
-from data.exchange import experts, load
 from data.run.flags import OneLineParser, first_line, number, one_line_errors, pick_device
 
 # --- 1. Flags -------------------------------------------------------------------------------------
@@ -90,8 +90,8 @@ class Continuation:
     the beginning of one is held back until it turns out to be none.
     """
 
-    def __init__(self, tokenizer, stops: list[str]):
-        self.tokenizer, self.stops = tokenizer, stops
+    def __init__(self, tokenizer, stops: list[str], ends: list[int] = ()):
+        self.tokenizer, self.stops, self.ends = tokenizer, stops, [*ends, tokenizer.eot]
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.ids, self.held, self.text, self.ended = [], "", "", False
 
@@ -100,7 +100,7 @@ class Continuation:
         if self.ended:
             return ""
         self.ids.append(i)
-        if i == self.tokenizer.eot:
+        if i in self.ends:
             return self.finish()
         held = self.held + self.decoder.decode(self.tokenizer.decode_bytes([i]))
         found = [(at + len(stop), at) for stop in self.stops if (at := held.find(stop)) >= 0]
@@ -132,7 +132,7 @@ def answer(model, tokenizer, prompt: str, args, generator: torch.Generator) -> l
         raise ValueError(f"the prompt has {len(ids) - start} tokens and {most}")
     filters = (args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     batch_BT = torch.tensor([ids] * args.n, device=args.device)
-    texts = [Continuation(tokenizer, args.stop) for _ in range(args.n)]
+    texts = [Continuation(tokenizer, args.stop, tokenizer.stops) for _ in range(args.n)]
     show = partial(print, end="", flush=True) if args.n == 1 else lambda piece: None
     compiled = args.compile or args.n == 1 and min(args.max_new_tokens, seq_len - len(ids)) >= LONG
     started = time.perf_counter()

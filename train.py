@@ -4,7 +4,6 @@
     python train.py --data book.txt              your own text: a file, a folder, a zip, or A,B,C
     python train.py --resume                     go on where the newest run stopped
     python train.py --init FOLDER --data book.txt  fine-tune a Hugging Face model, or a checkpoint
-    python train.py --device cuda
     python train.py --plot runs/A runs/B         runs in one picture
 
 Notable features
@@ -13,7 +12,6 @@ Notable features
 - Muon on the attention matrices, AdamW on the rest; warm-up, then linear to zero
 - batches without replacement from a seeded permutation, so a run resumes bit for bit (on a CPU)
 - validation in bits per byte, over every byte: comparable across tokenizers
-- what is not training is in data/run/: files, checkpoints, presets, several GPUs, the log
 
 References
  [1] AdamW                      Loshchilov & Hutter 2017   arXiv:1711.05101
@@ -30,12 +28,12 @@ from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import datasets, exchange, tokens  # isort: skip (before torch: see data/__init__.py)
 import numpy as np
 import torch
 
 import lamoe
 from bpe import Tokenizer
-from data import datasets, exchange, tokens
 from data.run import machine, messages, presets, ranks, storage
 from data.run.flags import check_fields, one_line_errors, pick_device
 from data.run.log import Log, Meter, Tracker, columns_of_score, print_in_place, print_line
@@ -92,10 +90,11 @@ class TrainConfig:
 
 
 # --- 2. Data: one flat array of ids -> windows -> batches -----------------------------------------
-# Ids are those of <|endoftext|> (eot), a document, eot, a document, ..., eot.
+# Ids are those of <|endoftext|>, a document, <|endoftext|>, a document, ...; a document begins with
+# the id `first`, the <|endoftext|> before it if nothing else: see data/tokens.py.
 
 
-def windows(ids: np.ndarray, eot: int, length: int, documents: array | None = None) -> np.ndarray:
+def windows(ids: np.ndarray, first: int, length: int, documents: array | None = None) -> np.ndarray:
     """(start, next start) of windows of `length` positions that begin at a document where they can.
 
     The next window begins at the last document that starts inside this one, else where it ends. A
@@ -103,7 +102,7 @@ def windows(ids: np.ndarray, eot: int, length: int, documents: array | None = No
     the next one's, each token is met exactly once: the span that evaluation scores.
     """
     if documents is None:  # where they start is not known yet
-        documents = tokens.document_starts(ids[:-1], eot)
+        documents = tokens.document_starts(ids[:-1], first)
     last = len(ids) - 1
     documents = documents + array("q", [last + length])  # one beyond every window
     starts, i = array("q", [0]), 0  # documents[i]: the last one that starts inside the window
@@ -117,12 +116,12 @@ def windows(ids: np.ndarray, eot: int, length: int, documents: array | None = No
 class Batches:
     """Windows in a seeded order without replacement; batch i is a function of i alone."""
 
-    def __init__(self, ids: np.ndarray, eot: int, length: int, size: int, seed: int):
+    def __init__(self, ids: np.ndarray, first: int, length: int, size: int, seed: int):
         self.ids, self.length, self.size, self.seed = ids, length, size, seed
         self.rows = ranks.share_of_rows(size)
         last = len(ids) - 1 - length  # the text's last window moves back to be full
-        documents = tokens.document_starts(ids[:-1], eot)  # a pass over the whole text
-        starts = windows(ids, eot, length, documents)[:, 0]
+        documents = tokens.document_starts(ids[:-1], first)  # a pass over the whole text
+        starts = windows(ids, first, length, documents)[:, 0]
         self.starts = np.unique(np.minimum(starts, last))
         self.is_cut = ~np.isin(self.starts, documents)  # begins where the one before ended
         self.epoch, self.order = -1, None
@@ -164,12 +163,13 @@ def load_data(settings: TrainConfig, config: lamoe.Config, corpus, tokenizer=Non
     if tokenizer is None:
         tokenizer = tokens.make_tokenizer(settings.tokenizer, config.vocab_size, corpus)
     train_ids, val_ids = tokens.encode_corpus(corpus, tokenizer, length, settings.data)
-    batches = Batches(train_ids, tokenizer.eot, length, settings.batch_size, settings.seed)
+    first = tokens.first_id(tokenizer)
+    batches = Batches(train_ids, first, length, settings.batch_size, settings.seed)
     print_line(
         f"tokens     {len(train_ids):,} of a vocabulary of {tokenizer.vocab_size:,} "
         f"({n_bytes / len(train_ids):.2f} bytes each); {len(batches.starts):,} windows of {length}"
     )
-    spans = windows(val_ids, tokenizer.eot, length)
+    spans = windows(val_ids, first, length)
     sources = tokens.source_of_byte(val_ids, tokenizer, corpus)
     return Data(tokenizer, batches, corpus, val_ids, spans, sources)
 
@@ -215,11 +215,10 @@ def evaluate(model, data, settings: TrainConfig, labels=None, alone: bool = Fals
     model.train(was_training)
     if world > 1:
         nats = ranks.sum_over_ranks(nats, device)
-    sizes, bits, of_label = data.tokenizer.byte_lengths[ids[1:]], nats / math.log(2), None
+    last, bits, of_label = tokens.last_bytes(ids, data.tokenizer), nats / math.log(2), None
     if labels is not None:  # a token has the label of its last byte
-        label = labels[np.cumsum(sizes) - 1]
-        of_label = np.bincount(label, weights=bits, minlength=len(datasets.KINDS))
-    return Score(float(nats.mean()), float(bits.sum() / sizes.sum()), of_label)
+        of_label = np.bincount(labels.take(last, mode="clip"), bits, len(datasets.KINDS))
+    return Score(float(nats.mean()), float(bits.sum() / (last[-1] + 1)), of_label)
 
 
 # --- 4. Optimizers and schedule -------------------------------------------------------------------
@@ -255,6 +254,8 @@ class Muon(torch.optim.Optimizer):
                 steps = orthogonal(stack).to(weights[0].dtype).view(len(weights), *shape)
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 rate = group["lr"] * max(1, shape[-2] / shape[-1]) ** 0.5
+                if isinstance(rate, torch.Tensor):  # which `alpha` can't be
+                    steps, rate = steps * rate, 1.0
                 torch._foreach_add_(weights, list(steps), alpha=-rate)
 
 
@@ -319,6 +320,7 @@ class Run:
     meter: Meter  # sums for the next row of the log
     tracker: Tracker
     done: dict  # step, seconds, best, best_step
+    is_compiled: bool = False
 
 
 def train(run: Run, stop: list) -> None:
@@ -329,30 +331,31 @@ def train(run: Run, stop: list) -> None:
     """
     settings, batches, meter, done = run.settings, run.data.batches, run.meter, run.done
     log, stopping = Log(run), False
-    while done["step"] < settings.steps and not stopping:
-        started, step = time.perf_counter(), done["step"]  # this step is number step + 1
-        for optimizer in run.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = schedule(step, settings) * group["highest_lr"]
+
+    def take_step(*micro_batches) -> None:
         loads = []
-        for micro in range(settings.grad_accum):
-            inputs, targets = batches(step * settings.grad_accum + micro, settings.device)
-            with ranks.averaging(run.parallel, on=micro == settings.grad_accum - 1):
+        for i, (inputs, targets) in enumerate(micro_batches, 1):
+            with ranks.averaging(run.parallel, on=i == settings.grad_accum):
                 with machine.autocast(settings):
                     out = run.parallel(inputs, targets, return_logits=False)
                 ((out.loss + out.aux) / settings.grad_accum).backward()
             meter.add(out)
             loads.append(out.load)
-            del out  # the logits, before the optimizer needs memory
         ranks.average_unsharded(run.parallel)
         meter.add_norm(ranks.clip_gradients(run.parallel.parameters(), settings.clip))
         if settings.device == "cpu" and not meter.is_finite():
-            raise messages.not_finite(step + 1, run)
+            raise messages.not_finite(done["step"] + 1, run)
         for optimizer in run.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         run.model.update_bias(sum(loads))  # some routers balance the load by a bias
 
+    take_step = machine.recorded(take_step, run)  # a CUDA graph, where that works
+    while done["step"] < settings.steps and not stopping:
+        started, step = time.perf_counter(), done["step"]
+        machine.set_rates(run.optimizers, schedule(step, settings))
+        numbers = range(step * settings.grad_accum, (step + 1) * settings.grad_accum)
+        take_step(*(batches(number, settings.device) for number in numbers))
         done["step"] = step = step + 1
         evaluating, saving, logging = (
             step % every == 0 or step == settings.steps
@@ -423,7 +426,7 @@ def run_training(flags: dict, resuming: bool) -> None:
     messages.introduce(run)
     machine.keep_freed_memory()
     with machine.out_of_memory_advice(run.settings):
-        machine.compile_model(run)
+        run.is_compiled = machine.compile_model(run)
         with machine.stop_on_signals() as stop:
             train(run, stop)
     if run.done["step"] < run.settings.steps:

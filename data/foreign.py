@@ -1,19 +1,24 @@
 """Other people's tokenizers: a tokenizer.json that is used like bpe.Tokenizer, and ours as one.
 
-A Hugging Face folder holds its tokenizer in two files, `FILES`. `load_tokenizer` reads them and
-`tokenizer_files` writes them; `tokenizer_from_state` reads what `state` of either kind returned.
+A Hugging Face folder holds its tokenizer in two files, `FILES`, and beside them what one needs to
+talk with the model, `KEPT`. `load_tokenizer` reads all of these and `tokenizer_files` writes them;
+`tokenizer_from_state` reads what `state` of either kind returned.
 """
 
 import json
-import os
 import re
 from array import array
+from pathlib import Path
 
 import numpy as np
 
 from bpe import PATTERN, SPECIAL, Tokenizer, utf8
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
+GENERATION = "generation_config.json"
+KEPT = ("chat_template.jinja", GENERATION, "special_tokens_map.json")  # not used here, nor lost
+BLOCK = 1 << 20  # of a longer text, so much is encoded at a time [characters]
+find_gap = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])").search  # one space between two words
 
 # GPT-2's alphabet, in which tokenizer.json writes bytes: those that print stand for themselves,
 # the others are moved up to the letters from 256 on.
@@ -28,14 +33,15 @@ class ForeignTokenizer:
 
     Two alphabets are known: bytes as visible letters (GPT-2, Llama 3, Qwen) and sentencepiece's
     (Llama 2, Mixtral), where U+2581 is a space and <0x0A> a byte. Its end-of-text token, whatever
-    its name, stands for <|endoftext|> here: it separates documents, and counts as those 13 bytes.
+    its name, stands for <|endoftext|> here: it ends a document, and counts as those 13 bytes.
     """
 
     decode, decode_bytes = Tokenizer.decode, Tokenizer.decode_bytes
     encode_array = Tokenizer.encode_array  # before each document stand the ids of `start`
 
     def __init__(self, files, vocab_size, eot=None):
-        """files: {name: text} of FILES; eot: an id, in case that they name no eos_token.
+        """files: {name: text} of FILES and KEPT; eot: the id, or ids, that end a text by the config
+        of the model; the first is end-of-text if the files name no eos_token.
 
         vocab_size is the model's, often rounded up. ValueError if the files can't be used.
         """
@@ -51,17 +57,23 @@ class ForeignTokenizer:
             self._theirs.no_truncation()
             self._theirs.no_padding()
             self.tokens = self._token_bytes(content)
-            self.eot, self.start = self._ends(config, eot)
+            # Where no token reaches from one word into the next, a text may be cut between them.
+            self._can_cut = not any(re.search(rb"\S \S", token) for token in self.tokens)
+            self.eot, self.stops = self._ends(config, eot)
+            self.start = self._begin(config)
+            # They never come from a text, whatever tokenizer.json says.
+            names = {self._theirs.id_to_token(i) for i in (self.eot, *self.start)} - {None}
+            self._theirs.add_special_tokens([*names])
+            self.tokens[self.start] = b""
+            self.tokens[self.eot] = SPECIAL.encode()
         except Exception as error:  # the package raises bare Exceptions
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise ValueError(f"tokenizer.json can't be used ({reason})") from None
         # Sentencepiece begins a text with a space that isn't there. Pieces of a text are decoded
         # with it. So the end-of-text token counts one byte less: a document has its exact bytes.
-        extra = len(self.decode_bytes(self.encode("a"))) - 1
-        self.tokens[self.eot] = SPECIAL.encode()
-        self.tokens[[i for i in self.start if i != self.eot]] = b""
+        self._adds_space = self.decode_bytes(self.encode("a")) == b" a"
         self.byte_lengths = np.array([len(token) for token in self.tokens])
-        self.byte_lengths[self.eot] -= extra
+        self.byte_lengths[self.eot] -= self._adds_space
 
     def _token_bytes(self, content):
         decoder = content.get("decoder") or {}
@@ -71,8 +83,10 @@ class ForeignTokenizer:
         added = {token["id"] for token in content.get("added_tokens", [])}
         tokens = np.full(self.vocab_size, b"", dtype=object)
         for token, i in self._theirs.get_vocab(with_added_tokens=True).items():
-            if i >= self.vocab_size:
+            if i >= self.vocab_size and i not in added:
                 raise ValueError(f"token {i} is outside the model's {self.vocab_size}")
+            if i >= self.vocab_size:
+                continue  # the model can't write it, and `encode` refuses it
             if "ByteLevel" in types and i not in added:
                 tokens[i] = bytes(BYTE_OF[letter] for letter in token)
             elif (byte := re.fullmatch("<0x([0-9A-F]{2})>", token)) and i not in added:
@@ -82,55 +96,80 @@ class ForeignTokenizer:
         return tokens
 
     def _ends(self, config, eot):
-        """Returns the end-of-text id and the ids that stand before a text."""
-        names = (config.get("eos_token"), config.get("bos_token"))
-        names = (name["content"] if isinstance(name, dict) else name for name in names)
-        eos, bos = (name and self._theirs.token_to_id(name) for name in names)
-        eot = eot if eos is None else eos
-        if type(eot) is not int or not 0 <= eot < self.vocab_size:
+        """Returns the end-of-text id, and all ids that end a text."""
+        ends = eot if isinstance(eot, list) else [eot]
+        ends = [i for i in ends if type(i) is int and 0 <= i < self.vocab_size]
+        eos = self._theirs.token_to_id(name_of(config, "eos_token"))
+        eot = eos if eos is not None else next(iter(ends), None)
+        if eot is None:
             raise ValueError("no end-of-text token: eos_token in tokenizer_config.json names none")
-        start = [i for i in self._theirs.encode("").ids if i != eot or i == bos]
-        if type(config.get("add_bos_token")) is bool:
-            start = [bos] if config["add_bos_token"] and bos is not None else []
-        return eot, start
+        if eot >= self.vocab_size:
+            raise ValueError(f"eos_token, {eot}, is outside the model's {self.vocab_size}")
+        return eot, list(dict.fromkeys([*ends, eot]))
+
+    def _begin(self, config):
+        """Returns the ids that stand before a text."""
+        if ours := own_tokenizer(self.files[FILES[0]]):
+            return [ours.eot]
+        bos = self._theirs.token_to_id(name_of(config, "bos_token"))
+        if type(add_bos := config.get("add_bos_token")) is bool:
+            return [bos] if add_bos and bos is not None else []
+        ids, alone = (
+            self._theirs.encode("a").ids,
+            self._theirs.encode("a", add_special_tokens=False),
+        )
+        return ids[: ids.index(alone.ids[0])]
 
     def encode(self, text, allow_special=False):
         """Returns the ids of `text`; special tokens in it are text unless allowed."""
         utf8(text)  # refuses what the package would refuse in worse words
         self._theirs.encode_special_tokens = not allow_special
-        return self._theirs.encode(text, add_special_tokens=False).ids
+        encode, ids, start = self._theirs.encode, [], 0
+        # The package takes 200 bytes of memory per character: so a long text is cut in parts.
+        size = BLOCK if self._can_cut else len(text)
+        while len(text) - start > size and (gap := find_gap(text, start + size)):
+            ids += encode(text[start : gap.start()], add_special_tokens=False).ids
+            start = gap.start() + self._adds_space
+        ids += encode(text[start:], add_special_tokens=False).ids
+        if max(ids, default=0) >= self.vocab_size:
+            token = self._theirs.id_to_token(max(ids))
+            raise ValueError(f"the text holds {token}, a token that the model lacks; take it out")
+        return ids
 
-    def _pack(self, text):  # for encode_array
-        return array(self._typecode, [*self.start, *self.encode(text)]).tobytes()
+    def _pack(self, text):  # for encode_array, which puts end-of-text between documents
+        start = self.start[1:] if self.start[:1] == [self.eot] else self.start
+        return array(self._typecode, [*start, *self.encode(text)]).tobytes()
 
     def state(self):
         """Returns plain types, to embed in a checkpoint."""
-        return {**self.files, "vocab_size": self.vocab_size, "eot": self.eot}
+        return {**self.files, "vocab_size": self.vocab_size, "eot": self.eot, "stops": self.stops}
 
 
 def tokenizer_from_state(state):
     """Returns the tokenizer, ours or a foreign one, whose `state` this is."""
     if isinstance(state, dict) and "tokenizer.json" in state:
-        files = {name: state[name] for name in FILES}
-        return ForeignTokenizer(files, state["vocab_size"], state["eot"])
+        files = {name: state[name] for name in (*FILES, *KEPT) if name in state}
+        return ForeignTokenizer(files, state["vocab_size"], state.get("stops", state["eot"]))
     return Tokenizer.from_state(state)
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+BYTES["use_regex"] = False  # the words are split already
+SPLIT = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+WORDS = {"type": "Sequence", "pretokenizers": [SPLIT, BYTES]}
 
 
 def tokenizer_json(tokenizer):
     """Returns the content of tokenizer.json for a bpe.Tokenizer: its words and merges."""
     tokens = tokenizer.tokens[: tokenizer.eot]
     names = ["".join(VISIBLE[byte] for byte in token) for token in tokens]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    byte_level["use_regex"] = False  # the words are split already
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated"}
-    split["invert"] = False
     special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     special |= {"id": tokenizer.eot, "content": SPECIAL, "special": True}
     return {
         "version": "1.0",
         "added_tokens": [special],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "decoder": byte_level,
+        "pre_tokenizer": WORDS,
+        "decoder": BYTES,
         "model": {
             "type": "BPE",
             "vocab": {name: i for i, name in enumerate(names)},
@@ -142,7 +181,7 @@ def tokenizer_json(tokenizer):
 def tokenizer_files(tokenizer):
     """Returns {name: text} of the files by which transformers.AutoTokenizer gives the same ids.
 
-    Of a foreign tokenizer: its own files, as they came.
+    Of a foreign tokenizer: its own files, and what is KEPT, as they came.
     """
     if isinstance(tokenizer, ForeignTokenizer):
         return tokenizer.files
@@ -159,15 +198,46 @@ def tokenizer_files(tokenizer):
     return dict(zip(FILES, map(json.dumps, contents), strict=True))
 
 
+def name_of(config, key):
+    """Returns the text of a token named in tokenizer_config.json, "" if it names none."""
+    name = config.get(key) or ""
+    return name["content"] if isinstance(name, dict) else name
+
+
 def own_tokenizer(text):
-    """Returns the bpe.Tokenizer that wrote this tokenizer.json, or None."""
+    """Returns the bpe.Tokenizer that this tokenizer.json is of, or None.
+
+    Another program may have written it anew, and added tokens. What ids depend on must be ours.
+    """
     try:
         content = json.loads(text)
-        ids, merges = content["model"]["vocab"], content["model"]["merges"]
-        ours = Tokenizer([[ids[name] for name in pair.split()] for pair in merges])
+        model = {key: value for key, value in content["model"].items() if value}  # without nulls
+        if content["pre_tokenizer"] != WORDS or content.get("normalizer"):
+            return None  # somebody else's
+        pairs = model.get("merges", [])  # "a b", or as transformers 5 writes it, ["a", "b"]
+        pairs = [pair.split() if isinstance(pair, str) else pair for pair in pairs]
+        ours = Tokenizer([[model["vocab"][name] for name in pair] for pair in pairs])
+        expected = tokenizer_json(ours)
+        same = (
+            model["vocab"] == expected["model"]["vocab"]
+            and model.keys() <= expected["model"].keys()
+        )
+        return ours if same and expected["added_tokens"][0] in content["added_tokens"] else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None  # somebody else's, or damaged
-    return ours if tokenizer_json(ours) == content else None
+        return None  # damaged
+
+
+def is_all(ours, files, vocab_size, eot):
+    """Returns whether a bpe.Tokenizer says all that these files of a folder do."""
+    content, config, generation = (json.loads(files.get(k, "{}")) for k in (*FILES, GENERATION))
+    usual = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
+    return (
+        (ours.vocab_size == vocab_size and eot in (None, ours.eot, [ours.eot]))
+        and name_of(config, "eos_token") in ("", SPECIAL)
+        and all(token["special"] for token in content["added_tokens"])
+        and not any("chat_template" in name for name in (*files, *config))
+        and generation.keys() <= usual | {"_from_model_config"}
+    )
 
 
 def load_tokenizer(folder, vocab_size, eot=None):
@@ -175,18 +245,18 @@ def load_tokenizer(folder, vocab_size, eot=None):
 
     A bpe.Tokenizer where `tokenizer_files` wrote it, else a ForeignTokenizer.
     """
-    present = [name for name in FILES if os.path.exists(os.path.join(folder, name))]
-    if "tokenizer.json" not in present:
+    paths = [path for path in (Path(folder, name) for name in (*FILES, *KEPT)) if path.exists()]
+    if not paths or paths[0].name != FILES[0]:
         return None
-    files = dict.fromkeys(FILES, "{}")
     try:
-        for name in present:
-            with open(os.path.join(folder, name), encoding="utf-8") as file:
-                files[name] = file.read()
-        ours = own_tokenizer(files["tokenizer.json"])
-        is_ours = ours and ours.vocab_size == vocab_size
+        files = dict.fromkeys(FILES, "{}")
+        for path in paths:
+            with open(path, encoding="utf-8", newline="") as file:
+                files[path.name] = file.read()
+        ours = own_tokenizer(files[FILES[0]])
+        is_ours = ours and is_all(ours, files, vocab_size, eot)
         return ours if is_ours else ForeignTokenizer(files, vocab_size, eot)
-    except ValueError as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder}: {error}") from None
 
 
@@ -195,10 +265,8 @@ def to_tiktoken(tokenizer):
 
     Its `encode_ordinary` is our `encode`; with allowed_special="all", `allow_special`.
     """
-    try:
-        import tiktoken
-    except ImportError:
-        raise ImportError("to_tiktoken needs tiktoken: pip install tiktoken") from None
+    import tiktoken
+
     ranks = {token: i for i, token in enumerate(tokenizer.tokens[: tokenizer.eot])}
     special = {SPECIAL: tokenizer.eot}
     return tiktoken.Encoding(

@@ -1,5 +1,6 @@
 """Documents to one flat array of ids on disk, memory-mapped: <|endoftext|>, then each document and
-another <|endoftext|>.
+another <|endoftext|>. If a foreign tokenizer begins texts with another token, that stands before
+each document, and no <|endoftext|> before the first.
 
 The array is made once and kept under a name that says which text and which tokenizer it is of. It
 grows under a temporary name and is renamed when all of it is on the disk, so that an array that was
@@ -30,7 +31,7 @@ def make_tokenizer(kind: str, vocab_size: int, corpus):
     if kind == "bytes":
         return bpe.Tokenizer([])
     code = hashlib.sha256(Path(bpe.__file__).read_bytes()).hexdigest()[:8]  # an edit: learn anew
-    path = datasets.CACHE / f"{corpus.key}-{vocab_size}-{code}.bpe"
+    path = datasets.CACHE / f"{corpus.key}-{vocab_size}-{bpe.UNICODE}-{code}.bpe"
     if path.exists():
         return bpe.Tokenizer.load(path)
     every = math.ceil(corpus.train.n_bytes / SAMPLE)
@@ -59,6 +60,12 @@ def encode_corpus(corpus, tokenizer, length: int, asked: str) -> tuple[np.ndarra
             f"to validate do not fill a context of {length}; give more text, or a --seq_len of "
             f"{max(1, shorter - 2)} or less"
         )
+    n_bytes = corpus.val.n_bytes + len(bpe.SPECIAL) * len(corpus.val)
+    if (known := last_bytes(val, tokenizer)[-1] + 1) != n_bytes:
+        print_line(
+            f"           its tokenizer reads {n_bytes:,} bytes of validation text as {known:,}: it "
+            f"changes some characters, and bits/byte are of what it reads"
+        )
     return train, val
 
 
@@ -74,8 +81,9 @@ def encode(documents, tokenizer, path: Path) -> np.ndarray:
 def write_ids(file, pieces, n_bytes: int, tokenizer) -> None:
     """Writes the ids of (text, ends) pieces batch by batch; a disk too small is seen at once."""
     started, read = time.perf_counter(), 0
-    file.write(tokenizer.encode_array([""]).tobytes())  # the <|endoftext|> before the first
-    for texts, ends in batches(pieces):
+    if first_id(tokenizer) == tokenizer.eot:
+        file.write(tokenizer.encode_array([""])[-1:].tobytes())
+    for texts, ends in batches(pieces, join=not isinstance(tokenizer, bpe.Tokenizer)):
         ids = tokenizer.encode_array(texts)
         file.write(memoryview(ids if ends else ids[:-1]))
         first, read = not read, read + sum(len(text.encode()) for text in texts)
@@ -88,10 +96,18 @@ def write_ids(file, pieces, n_bytes: int, tokenizer) -> None:
         )
 
 
-def batches(pieces):
-    """Yields (texts, ends): about BATCH characters at a time; `ends` is of the last text."""
-    texts, size = [], 0
+def batches(pieces, join: bool):
+    """Yields (texts, ends): about BATCH characters at a time; `ends` is of the last text.
+
+    join: the pieces of a document, which are cut where bpe.py's words end, and not another's.
+    """
+    texts, parts, size = [], [], 0
     for text, ends in pieces:
+        if join:
+            parts.append(text)
+            if not ends:
+                continue
+            text, parts = "".join(parts), []
         texts.append(text)
         size += len(text)
         if size >= BATCH or not ends:  # encode_array ends each of its texts but the last as we like
@@ -101,8 +117,13 @@ def batches(pieces):
         yield texts, True
 
 
-def document_starts(ids: np.ndarray, eot: int, block: int = 1 << 22) -> array:
-    """Positions of eot: position p is the token before the text that starts at p + 1.
+def first_id(tokenizer) -> int:
+    """What a document begins with: what stands before a text, or ends the one before."""
+    return [*tokenizer.start, tokenizer.eot][0]
+
+
+def document_starts(ids: np.ndarray, first: int, block: int = 1 << 22) -> array:
+    """Positions of the id that documents begin with: the text itself starts behind it.
 
     Of a mapped file, blocks are read beside the mapping: pages that it touched would stay.
     """
@@ -112,14 +133,20 @@ def document_starts(ids: np.ndarray, eot: int, block: int = 1 << 22) -> array:
         if isinstance(ids, np.memmap):
             place = ids.offset + at * ids.itemsize
             part = np.fromfile(ids.filename, ids.dtype, len(part), offset=place)
-        found.frombytes((np.flatnonzero(part == eot) + at).astype(np.int64).tobytes())
+        found.frombytes((np.flatnonzero(part == first) + at).astype(np.int64).tobytes())
     return found
+
+
+def last_bytes(ids: np.ndarray, tokenizer) -> np.ndarray:
+    """Where the last byte of each token but the first is in the text, separators included."""
+    space = len(bpe.SPECIAL) - tokenizer.byte_lengths[tokenizer.eot]  # see ForeignTokenizer
+    till = np.cumsum(tokenizer.byte_lengths[ids[1:]])
+    return till - 1 - space * (ids[1:] != tokenizer.eot)
 
 
 def source_of_byte(val_ids: np.ndarray, tokenizer, corpus) -> np.ndarray | None:
     """For each byte of the validation text, separators included, its index in corpus.sources."""
     if len(corpus.sources) == 1:
         return None  # nothing to tell apart
-    ends = np.flatnonzero(val_ids[1:] == tokenizer.eot)
-    bytes_till = np.cumsum(tokenizer.byte_lengths[val_ids[1:]])[ends]
+    bytes_till = last_bytes(val_ids, tokenizer)[val_ids[1:] == tokenizer.eot] + 1
     return np.repeat(corpus.val.sources, np.diff(bytes_till, prepend=0))

@@ -4,6 +4,7 @@ What asks for a GPU is told that there is one, and what would be compiled to ker
 run as it is (backend "aot_eager"): the same Python, the same graph, without a compiler.
 """
 
+import csv
 from functools import partial
 from unittest import mock
 
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 from conftest import random_ids, random_model, seeds, small_config
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_run import call
 
 import lamoe
+import train
 from data.run.machine import compile_blocks
 
 ROUTERS = sorted(lamoe.ROUTERS)
@@ -128,3 +131,23 @@ def test_a_cuda_graph_generates_what_eager_does(batch, compile):
     graph = torch.stack(list(model.generate(ids_BT, 80, 0.0, graph=True, compile=compile)))
     same = 5 if compile else 80
     assert torch.equal(graph[:same], eager[:same])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_recorded_training_step_does_what_the_step_does(router, tmp_path):
+    """Rates, batches, noise and the balancing bias reach a CUDA graph, the same way each time."""
+    flags = f"--data stories --draw_mb 1 --steps 24 --log_every 1 --save_every 12 --router {router}"
+    losses = []
+    for name, compiles in (
+        ("graph", "--compile"),
+        ("again", "--compile"),
+        ("plain", "--no-compile"),
+    ):
+        command = ["--out", str(tmp_path / name), "--device", "cuda", compiles, *flags.split()]
+        assert call(train, *command) == 0
+        with open(tmp_path / name / "log.csv", newline="") as file:
+            losses.append([float(row["train_loss"]) for row in csv.DictReader(file)])
+    assert losses[0] == losses[1]
+    noisy = router in ("noisy", "switch")  # whose noise a compiled kernel draws in another order
+    assert losses[0][:8] == pytest.approx(losses[2][:8], rel=0.05 if noisy else 0.01)

@@ -28,9 +28,10 @@ import lamoe
 import sample
 import train
 from bpe import SPECIAL, Tokenizer
-from data import foreign
-from data.exchange import export, load
+from data import datasets, foreign, formats, tokens
+from data.exchange import experts, export, load
 from data.exchange.huggingface import to_hf_config
+from data.run import log
 from data.run.checkpoint import read, save
 
 program = importlib.import_module("data.exchange.export")
@@ -205,6 +206,104 @@ def test_a_large_model_is_written_in_shards_that_transformers_reads():
     assert stored_tensors("folder") == stored_tensors("whole")
     assert_same_logits(model, theirs("folder"))
     assert_same_logits(model, load("folder")[0])
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@every_kind
+def test_many_shards_of_any_number_format_are_read(kind, dtype):
+    twin = random_theirs(small_config(**KINDS[kind])).to(dtype)
+    twin.save_pretrained("folder", max_shard_size="1KB")
+    assert len(list(Path("folder").glob("model-*-of-*.safetensors"))) > 8
+    model, _ = load("folder")  # of fp16, which we don't compute with, fp32 is made
+    wanted = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    assert model.embed.weight.dtype == wanted
+    assert_same_logits(load("folder", dtype=torch.float32)[0], twin.float())
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind, n_dense", [("mixtral", 0), ("qwen3_moe", 0), ("qwen3_moe", 1)])
+@pytest.mark.parametrize("shard_size", ["5GB", "2KB"])
+def test_experts_that_transformers_5_left_together_are_read(kind, n_dense, shard_size):
+    twin = random_theirs(small_config(**KINDS[kind], n_dense_layers=n_dense))
+    options = dict(save_original_format=False, max_shard_size=shard_size)
+    twin.save_pretrained("folder", **options)
+    names = stored_tensors("folder")
+    assert f"model.layers.{n_dense}.mlp.experts.gate_up_proj" in names
+    assert_same_logits(load("folder")[0], twin)
+    half = twin.to(torch.bfloat16)
+    half.save_pretrained("half", **options)
+    safetensors, gate = (
+        import_oracle("safetensors.torch"),
+        f"model.layers.{n_dense}.mlp.gate.weight",
+    )
+    for path in Path("half").glob("*.safetensors"):  # a router in fp32 stays so
+        stored = safetensors.load_file(path)
+        stored |= {gate: stored[gate].float()} if gate in stored else {}
+        safetensors.save_file(stored, path, {"format": "pt"})
+    model = load("half")[0]
+    assert model.blocks[n_dense].ffn.router.weight.dtype == torch.float32
+    assert model.embed.weight.dtype == torch.bfloat16
+    edit_config("folder", **{"num_local_experts": 5, "num_experts": 5})
+    assert_refused(["gate", "[4, 16]", "[5, 16]"])
+
+
+ROPES = [
+    dict(rope_parameters={"type": "default", "rope_theta": 1e4}),
+    dict(rope_parameters={"rope_theta": 1e4}),
+    dict(rope_parameters={"rope_type": "default", "type": "default", "factor": 1.0}),
+    dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 1.0}),
+    dict(rope_parameters=None, rope_scaling={"type": "default"}),
+    dict(rope_parameters=None, rope_scaling={"rope_type": "default"}, rope_theta=1e4),
+    dict(rope_parameters={"rope_type": "default"}, rope_theta=5e5),
+    dict(rope_parameters=None, rope_theta=5e5),
+    dict(rope_parameters=None, rope_scaling=None),
+]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("spelling", ROPES)
+def test_rope_that_is_plain_in_any_spelling_is_plain(spelling):
+    export(random_model(small_config(n_experts=1)), None, "folder")
+    edit_config("folder", **{"rope_theta": None, **spelling})
+    model = load("folder")[0]
+    assert model.config.rope_factor == 1
+    assert model.config.rope_theta == spelling.get("rope_theta", 1e4)
+    assert_same_logits(model, theirs("folder"))
+
+
+def test_llama_3s_rope_has_two_spellings():
+    export(random_model(small_config(n_experts=1, rope_factor=8.0)), None, "folder")
+    rope = {**LLAMA3, "type": "llama3"}
+    edit_config("folder", rope_parameters=rope, rope_scaling=None)
+    assert load("folder")[0].config.rope_factor == 8
+    rope = {k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")}
+    edit_config("folder", rope_parameters=None, rope_scaling=rope, rope_theta=1e4)
+    assert load("folder")[0].config.rope_factor == 8
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("n_layers", [1, 3])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_training_an_export_there_asks_for_as_much_balance_as_here(kind, n_layers):
+    config = small_config(**KINDS[kind], n_layers=n_layers, balance_weight=0.5, z_weight=0.0)
+    model = random_model(config).train()
+    with torch.no_grad():  # every layer alike: then their loss of all layers is one of ours
+        for block in model.blocks:
+            block.load_state_dict(model.blocks[0].state_dict())
+            block.attn.o_proj.weight.zero_()
+            block.ffn.experts.down_proj.zero_()
+    export(model, None, "folder")
+    twin, ids_BT = theirs("folder"), random_ids(config, 3, 16)
+    out = twin(ids_BT, labels=ids_BT)
+    plain = twin(ids_BT, labels=ids_BT, output_router_logits=False)
+    ours = model(ids_BT).balance
+    assert ours > 0.5 * n_layers
+    assert_close((out.loss - plain.loss).detach(), ours.detach(), 1e-5)
+    ours.backward()
+    (out.loss - plain.loss).backward()
+    for block, layer in zip(model.blocks, twin.model.layers, strict=True):
+        assert_close(layer.mlp.gate.weight.grad, block.ffn.router.weight.grad, 1e-4)
 
 
 @pytest.mark.oracle
@@ -657,6 +756,15 @@ def plain_byte_level():
     return theirs, None, eos
 
 
+def begins_with_its_end():
+    """One token before each text and behind it, as OPT and GPT-NeoX may have it."""
+    theirs, _, eos = byte_level()
+    theirs.post_processor = import_oracle("tokenizers").processors.TemplateProcessing(
+        single=f"{eos} $A {eos}", special_tokens=[(eos, 1)]
+    )
+    return theirs, eos, eos
+
+
 def save_foreign(make, folder):
     """Its tokenizer files as transformers writes them; returns transformers' own tokenizer."""
     transformers = import_oracle("transformers")
@@ -669,6 +777,9 @@ def save_foreign(make, folder):
 
 
 every_foreign = pytest.mark.parametrize("make", [byte_level, plain_byte_level, sentencepiece])
+every_separator = pytest.mark.parametrize(
+    "make", [byte_level, plain_byte_level, sentencepiece, begins_with_its_end]
+)
 
 
 @pytest.mark.oracle
@@ -702,6 +813,189 @@ def test_a_foreign_tokenizer_gives_its_own_ids_through_our_interface(make, tmp_p
     save_tokenizer(again, other)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (other / name).read_text() == (tmp_path / name).read_text()
+
+
+@pytest.fixture
+def two_sources():
+    """Documents of two files, short and long, ASCII alone, so that every byte is a character."""
+    rng = random.Random(3)
+    words = "the cat saw a dog . one two three four Pip, silver\n".split(" ")
+    texts = {name: [] for name in ("x", "y")}
+    for i in range(120):
+        text = " ".join(rng.choices(words, k=rng.choice((1, 5, 40)))) + f" {i}"
+        texts["xy"[i % 3 == 0]].append(text.strip())
+    for name, documents in texts.items():
+        Path(f"{name}.txt").write_text(f"\n{SPECIAL}\n".join(documents))
+    return "x.txt,y.txt"
+
+
+@pytest.mark.oracle
+@every_separator
+def test_bytes_sources_and_windows_are_right_whatever_stands_between_documents(make, two_sources):
+    save_foreign(make, ".")
+    tokenizer, corpus = foreign.load_tokenizer(".", 1000), datasets.read(two_sources)
+    settings = train.TrainConfig(data=two_sources, device="cpu", dtype="fp32")
+    config = small_config(vocab_size=1000)
+    data = train.load_data(settings, config, corpus, tokenizer)
+    ids, documents = data.val_ids, list(corpus.val)
+    start, eot = tokenizer.start, tokenizer.eot
+    assert bool(start) == (make is not plain_byte_level)
+    assert (start == [eot]) == (make is begins_with_its_end)
+
+    before = start if start and start != [eot] else []
+    wanted = [] if before else [eot]
+    for text in documents:
+        wanted += [*before, *tokenizer.encode(text), eot]
+    assert ids.tolist() == wanted
+
+    sizes = [len(text) + len(SPECIAL) for text in documents]
+    assert tokenizer.byte_lengths[ids[1:]].sum() == sum(sizes)
+    assert data.source_of_byte.tolist() == np.repeat(corpus.val.sources, sizes).tolist()
+    text, at = "".join(text + SPECIAL for text in documents), 0
+    for token, last in zip(ids[1:], tokens.last_bytes(ids, tokenizer), strict=True):
+        piece = tokenizer.decode([token])
+        at += len(piece) - (make is sentencepiece and text[at : at + len(piece)] != piece)
+        assert last == at - 1
+    assert at == len(text)
+
+    model = random_model(config)
+    for first in data.batches.starts[~data.batches.is_cut]:
+        prompt = start or [eot]  # what sample.py puts before a text
+        assert ids_of(data.batches.ids, first, len(prompt)) == prompt
+    score = train.evaluate(model, data, settings, data.source_of_byte)
+    nats = 0.0
+    for begin, end in data.spans:
+        window = torch.from_numpy(ids[begin : end + 1].astype(np.int64))
+        logits = model(window[None, :-1]).logits[0].double()
+        nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+    assert score.bits_per_byte == pytest.approx(nats / np.log(2) / sum(sizes), rel=1e-5)
+    shares = np.bincount(data.source_of_byte) / sum(sizes)
+    by_source = list(log.by_source(score, data).values())
+    assert shares @ by_source == pytest.approx(score.bits_per_byte, rel=1e-9)
+
+
+def ids_of(array, at, n):
+    return array[at : at + n].tolist()
+
+
+@pytest.mark.oracle
+@every_separator
+@pytest.mark.parametrize("data", ["two sources", "facts"])
+def test_fine_tuning_a_foreign_folder_runs_and_resumes(make, data, two_sources, capsys):
+    random_theirs(small_config(vocab_size=1000, seq_len=64)).save_pretrained("folder")
+    save_foreign(make, "folder")
+    data = ["--data", two_sources] if data == "two sources" else ["--data", "facts", "--draw_mb", 1]
+    flags = ["--seq_len", 16, "--device", "cpu", "--batch_size", 2, "--dtype", "fp32", "--steps", 2]
+    assert call(train, *data, "--init", "folder", *flags, "--out", "run") == 0
+    out = capsys.readouterr().out
+    assert "by source" in out or "floor" in out
+    assert "changes some characters" not in out
+    assert call(train, "--resume", "--out", "run") == 0
+
+
+@pytest.mark.oracle
+@every_separator
+def test_a_long_document_is_encoded_whole_in_parts_of_any_size(make, monkeypatch, tmp_path):
+    save_foreign(make, tmp_path)
+    tokenizer, rng = foreign.load_tokenizer(tmp_path, 1000), random.Random(5)
+    texts = ["".join(fuzz_text(rng) for _ in range(40)) for _ in range(30)]
+    texts += ["word and word  and\n\nwords " * 60, "a" * 999, " " * 999, "字" * 999, "x y " * 300]
+    whole = [tokenizer.encode(text) for text in texts]
+    monkeypatch.setattr(foreign, "BLOCK", 50)
+    assert [tokenizer.encode(text) for text in texts] == whole
+    monkeypatch.setattr(formats, "PIECE", 300)
+    Path("long.txt").write_text(texts[30] * 9, newline="\n")
+    corpus = datasets.read("long.txt")
+    assert len(list(corpus.train)) > len(corpus.train) == 1
+    for name, side in (("train", corpus.train), ("val", corpus.val)):
+        ids = tokens.encode(side, tokenizer, tmp_path / f"{name}.ids")
+        separator = [tokenizer.eot] * (tokens.first_id(tokenizer) == tokenizer.eot)
+        assert ids.tolist() == [*separator, *tokenizer.encode_array(["".join(side)])]
+        assert ids.tolist().count(tokenizer.eot) == 1 + len(separator)
+
+
+@pytest.mark.oracle
+def test_a_text_is_not_cut_where_a_token_reaches_over_a_space(tmp_path, monkeypatch):
+    t = import_oracle("tokenizers")
+    theirs = t.Tokenizer(t.models.BPE())
+    theirs.pre_tokenizer = t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    theirs.decoder = t.decoders.ByteLevel()
+    letters = t.pre_tokenizers.ByteLevel.alphabet()
+    options = dict(special_tokens=["<e>"], initial_alphabet=letters, show_progress=False)
+    theirs.train_from_iterator(
+        ["by the way, "] * 9, t.trainers.BpeTrainer(vocab_size=290, **options)
+    )
+    save_foreign(lambda: (theirs, None, "<e>"), tmp_path)
+    tokenizer, text = foreign.load_tokenizer(tmp_path, 290), "by the way, " * 99
+    whole = tokenizer.encode(text)
+    assert any(" " in tokenizer.decode([i]).strip() for i in whole)
+    monkeypatch.setattr(foreign, "BLOCK", 50)
+    assert tokenizer.encode(text) == whole
+
+
+@pytest.mark.oracle
+def test_a_tokenizer_that_changes_a_text_says_so(tmp_path, capsys):
+    theirs, bos, eos = byte_level()
+    theirs.normalizer = import_oracle("tokenizers").normalizers.NFC()
+    save_foreign(lambda: (theirs, bos, eos), tmp_path)
+    tokenizer = foreign.load_tokenizer(tmp_path, 400)
+    settings = train.TrainConfig(data="book.txt", device="cpu", dtype="fp32")
+    for text, says in (("cafe\u0301 and more, ", True), ("caf\u00e9 and more, ", False)):
+        Path("book.txt").write_text(text * 99, encoding="utf-8")
+        corpus = datasets.read("book.txt")
+        train.load_data(settings, small_config(vocab_size=400), corpus, tokenizer)
+        assert ("changes some characters" in capsys.readouterr().out) == says
+
+
+@pytest.mark.oracle
+@every_separator
+def test_a_text_that_is_shown_begins_as_a_prompt_does(make, tmp_path):
+    save_foreign(make, tmp_path)
+    tokenizer = foreign.load_tokenizer(tmp_path, 1000)
+    Path("two.txt").write_text(f"one cat\n{SPECIAL}\ntwo")
+    before = tokenizer.start or [tokenizer.eot]
+    wanted = [*before, *tokenizer.encode("one cat"), *before, *tokenizer.encode("two")]
+    assert experts.read_ids("two.txt", tokenizer) == wanted
+
+
+@pytest.mark.oracle
+@every_separator
+def test_the_end_and_the_beginning_are_never_in_a_text_even_if_called_ordinary(make, tmp_path):
+    fast = save_foreign(make, tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    path.write_text(json.dumps(content))
+    tokenizer = foreign.load_tokenizer(tmp_path, 1000)
+    names = [name for name in (fast.bos_token, fast.eos_token) if name]
+    assert not {tokenizer.eot, *tokenizer.start} & {*tokenizer.encode(f"a{''.join(names)}b")}
+
+
+@pytest.mark.oracle
+@every_separator
+def test_tokens_added_beyond_the_model_are_left_out_and_refused_in_a_text(make, tmp_path, capsys):
+    fast = save_foreign(make, tmp_path)
+    n, texts = len(fast), ["Once, upon a time", "a<pad>b", ""]
+    ids = [foreign.load_tokenizer(tmp_path, n).encode(text) for text in texts]
+    fast.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<x>", "<y>"]})
+    fast.save_pretrained(tmp_path)
+    tokenizer = foreign.load_tokenizer(tmp_path, n)
+    assert [tokenizer.encode(text) for text in texts] == ids and tokenizer.vocab_size == n
+    again = foreign.tokenizer_from_state(tokenizer.state())
+    assert again.encode(texts[1]) == ids[1]
+    fast.add_tokens(["<tool>"])  # this one is in texts
+    fast.save_pretrained("folder")
+    random_theirs(small_config(vocab_size=n, seq_len=64)).save_pretrained("folder")
+    ask = ["--model", "folder", "--max_new_tokens", 3]
+    assert call(sample, "Once", *ask) == 0
+    capsys.readouterr()
+    assert call(sample, "Once <tool>", *ask) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "<tool>" in message
+    export(*load("folder"), "again")
+    for name in foreign.FILES:
+        assert Path("folder", name).read_bytes() == Path("again", name).read_bytes()
 
 
 @pytest.mark.oracle
@@ -780,6 +1074,101 @@ def test_what_default_training_makes_exports_and_talks_the_same(run_folder, caps
     text = auto.decode(new, skip_special_tokens=True)
     assert texts[0] == texts[1]
     assert texts[0].rstrip("\n\ufffd") == text.rstrip("\n\ufffd")
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_an_export_saved_again_by_transformers_stays_ours(kind, tok, capsys):
+    transformers = import_oracle("transformers")
+    tokenizer = tok if kind == "bpe" else Tokenizer([])
+    model = random_model(small_config(vocab_size=tokenizer.vocab_size, seq_len=64, qk_norm=True))
+    export(model, tokenizer, "export")
+    greedy = ["Once", "--temperature", 0, "--max_new_tokens", 12, "--model"]
+    assert call(sample, *greedy, "export") == 0
+    text = capsys.readouterr().out
+
+    def save_again(folder, change=lambda auto, twin: None, **options):
+        auto = transformers.AutoTokenizer.from_pretrained("export")
+        twin = transformers.AutoModelForCausalLM.from_pretrained("export")
+        change(auto, twin)
+        auto.save_pretrained(folder)
+        twin.save_pretrained(folder, **options)
+        again, ours = load(folder)
+        capsys.readouterr()
+        assert ours.start == [tokenizer.eot] and ours.eot == tokenizer.eot
+        assert ours.encode("It's 2024 <|endoftext|>") == tokenizer.encode("It's 2024 <|endoftext|>")
+        assert call(sample, *greedy, folder) == 0
+        assert capsys.readouterr().out == text
+        return again, ours
+
+    assert type(save_again("again")[1]) is Tokenizer
+    assert type(save_again("fused", save_original_format=False)[1]) is Tokenizer
+    pad = {"pad_token": "<pad>"}
+    ours = save_again("padded", lambda auto, _: auto.add_special_tokens(pad))[1]
+    assert type(ours) is Tokenizer and ours.vocab_size == tokenizer.vocab_size
+
+    def resize(auto, twin):
+        auto.add_special_tokens(pad)
+        twin.resize_token_embeddings(len(auto), pad_to_multiple_of=8)
+        with torch.no_grad():  # so that the new rows are not likely
+            twin.lm_head.weight[tokenizer.vocab_size :] = 0
+
+    again, ours = save_again("resized", resize)
+    assert ours.vocab_size == again.config.vocab_size > tokenizer.vocab_size
+    ids = ours.encode_array(["one", "two"]).tolist()
+    assert ids == tokenizer.encode_array(["one", "two"]).tolist()
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("make", [byte_level, sentencepiece, "ours"])
+def test_chat_template_ends_and_generation_settings_survive_load_training_and_export(
+    make, run_folder, tok, capsys
+):
+    transformers = import_oracle("transformers")
+    n = tok.vocab_size if make == "ours" else 1000
+    model = random_model(small_config(vocab_size=n, seq_len=64))
+    export(model, tok if make == "ours" else None, "folder")
+    fast = save_foreign(make, "folder") if make != "ours" else None
+    fast = fast or transformers.AutoTokenizer.from_pretrained("folder")
+    fast.chat_template = "{% for m in messages %}\r\n{{ m.content }}\n{% endfor %}é"
+    fast.save_pretrained("folder")
+    settings = {"do_sample": True, "temperature": 0.6, "eos_token_id": [fast.eos_token_id, 30]}
+    Path("folder/generation_config.json").write_text(json.dumps(settings))
+    edit_config("folder", eos_token_id=[fast.eos_token_id, 30])
+    kept = {name: Path("folder", name).read_bytes() for name in foreign.KEPT[:2] + foreign.FILES}
+    flags = ["--seq_len", 16, "--device", "cpu", "--batch_size", 4, "--dtype", "fp32", "--steps", 2]
+    tune = ["--data", run_folder / "book.txt", "--init", "folder", *flags]
+    assert call(train, *tune, "--out", "run") == 0
+    assert call(program, "run/best.pt", "tuned") == 0
+    for folder in ("tuned", "plain"):
+        if folder == "plain":
+            export(*load("folder"), folder)
+        assert {name: Path(folder, name).read_bytes() for name in kept} == kept
+        config = json.loads(Path(folder, "config.json").read_text())
+        assert config["eos_token_id"] == [fast.eos_token_id, 30]
+        assert load(folder)[1].stops == [fast.eos_token_id, 30]
+    assert theirs("plain").generation_config.eos_token_id == [fast.eos_token_id, 30]
+
+
+@pytest.mark.oracle
+def test_sampling_ends_at_any_of_the_ends(tmp_path, capsys):
+    model = random_model(small_config(vocab_size=1000, seq_len=64), seed=3)
+    export(model, None, "folder")
+    save_foreign(byte_level, "folder")
+    ask = ["Once", "--temperature", 0, "--max_new_tokens", 20, "--model"]
+    _, tokenizer = load("folder")
+    ids = torch.tensor([[*tokenizer.start, *tokenizer.encode("Once")]])
+    new = [i.item() for i in model.generate(ids, 20, temperature=0)]
+    end = next(i for i in new[3:] if i not in new[:3])
+    for where in ("config.json", "generation_config.json"):
+        path = Path("folder", where)
+        content = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**content, "eos_token_id": [tokenizer.eot, end]}))
+        for n in (1, 3):
+            assert call(sample, *ask, "folder", "-n", n) == 0
+            wanted = "Once" + tokenizer.decode(new[: new.index(end)])
+            assert capsys.readouterr().out.count(wanted + "\n") == n
+        path.write_text(json.dumps(content))
 
 
 def test_the_exports_mistakes_end_in_one_line(run_folder, capsys):

@@ -1,7 +1,9 @@
 """What a run leaves to look at: loss by source, load by layer, pictures, and mlflow if asked."""
 
 import csv
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +11,17 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from conftest import encode, random_model, small_config
 from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
 
 import train
 from bpe import Tokenizer
 from data import datasets, tokens
-from data.run import checkpoint, log, pictures
+from data.run import checkpoint, log, machine, pictures
 
 EOT = "<|endoftext|>"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -165,12 +169,15 @@ def test_a_large_text_teaches_the_tokenizer_by_a_part_of_it_and_says_so(monkeypa
 # ---------------------------------------------------------------------------------------------
 
 
-def test_load_csv_has_the_share_of_each_expert_of_each_layer_and_fits_the_log():
-    start("run", "--steps 6 --log_every 2 --eval_every 6 --n_layers 2")
+@pytest.mark.parametrize("n_dense, layers", [(0, "01"), (1, "12")])
+def test_load_csv_has_the_share_of_each_expert_of_each_layer_and_fits_the_log(n_dense, layers):
+    """A layer has the number that sample.py gives it, whatever layers before it are dense."""
+    flags = f"--n_layers {2 + n_dense} --n_dense_layers {n_dense}" if n_dense else "--n_layers 2"
+    start("run", f"--steps 6 --log_every 2 --eval_every 6 {flags}")
     loads, rows = rows_of("run/load.csv"), rows_of("run/log.csv")
     assert list(loads[0]) == ["step", "layer", "0", "1", "2"]
     assert [(row["step"], row["layer"]) for row in loads] == [
-        (row["step"], layer) for row in rows for layer in "01"
+        (row["step"], layer) for row in rows for layer in layers
     ]
     for row in rows:
         shares = [[float(r[e]) for e in "012"] for r in loads if r["step"] == row["step"]]
@@ -373,3 +380,51 @@ def test_a_store_that_fails_later_costs_the_run_nothing(failing, mlflow, capsys)
 def test_another_tracker_is_refused(capsys):
     assert start("run", "--track wandb") == 2
     assert "track='wandb' is unknown" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# A CPU that others use as well
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "environment, rounds",
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+@pytest.mark.parametrize("program", ["train", "sample"])
+def test_threads_hardly_spin_unless_the_user_says_so(program, environment, rounds):
+    """libgomp reads it once, when torch is imported: so it is set before."""
+    code = (
+        "import os, sys; from importlib.abc import MetaPathFinder\n"
+        "class Look(MetaPathFinder):\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'torch':\n"
+        "            print(os.environ.get('GOMP_SPINCOUNT'), flush=True), os._exit(0)\n"
+        f"sys.meta_path.insert(0, Look()); import {program}"
+    )
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(
+        command, env={**clean, **environment}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.stdout.strip() == str(rounds), run.stderr
+
+
+def test_a_fall_of_the_speed_is_said_once_with_a_remedy(capsys):
+    """Rows at 1,000 tokens per second, then twice at 100, as another program takes the CPU."""
+    run = SimpleNamespace(settings=SimpleNamespace(device="cpu"), folder="runs/x")
+    speeds, best = [1000.0, 100.0, 100.0, 1000.0, 240.0], 0.0
+    for speed in speeds:
+        best = log.warn_of_slowness(speed, best, run)
+    out = capsys.readouterr().out
+    assert out.count("slow ") == 2 and "--resume --out runs/x" in out and "OMP_NUM_THREADS" in out
+
+
+def test_the_number_format_of_a_cpu_is_not_left_to_chance(monkeypatch):
+    """A race between formats would go one way or the other on a busy machine."""
+    for has_it, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_it: has_it)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert machine.pick_dtype("auto", "cpu") == expected
+    assert machine.pick_dtype("fp32", "cuda") == "fp32"

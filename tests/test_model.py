@@ -698,6 +698,30 @@ def test_temperature_0_and_top_k_1_take_the_most_likely(seed):
     assert torch.equal(lamoe.sample(random_logits(seed), noise_BV, 2.0, 1), best_B)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-45, 1.0])
+def test_noise_of_zero_never_draws_what_a_filter_removed(noise):
+    """Some devices draw exact zeros, and 0 / 0 is the largest number for argmax."""
+    noise_BV = torch.tensor([[1.0, 1.0, noise]])
+    assert lamoe.sample(torch.tensor([[5.0, 1.0, 0.0]]), noise_BV, 1.0, 1).tolist() == [0]
+    assert lamoe.sample(torch.tensor([[5.0, 1.0, 0.0]]), 0 * noise_BV, 1.0, 2).tolist() == [0]
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1e-30, 1e-7, 1e-6])
+def test_a_temperature_near_zero_is_greedy(temperature):
+    """Logits divided by it would be infinite, and their softmax NaN: token 0 for ever."""
+    logits_BV, noise_BV = random_logits(3), random_logits(4).exp()
+    assert torch.equal(lamoe.sample(logits_BV, noise_BV, temperature), logits_BV.argmax(-1))
+    text = generated(counting_model(), [[0]], 5, temperature=temperature)
+    assert text == [[1, 2, 3, 4, 5]]
+
+
+def test_top_p_of_1_removes_nothing_of_a_large_vocabulary():
+    """By rounding, the running sum of 150,000 probabilities reaches 1 long before its end."""
+    logits_BV = random_logits(0, B=1, V=151_936)
+    for top_p in (1.0, 1.5):
+        assert (lamoe.filter_logits(logits_BV, top_p=top_p) > 0).all()
+
+
 def test_samples_follow_the_probabilities():
     """20,000 draws: each share within five standard deviations."""
     logits_V = torch.tensor([0.0, 1.0, 2.0, -1.0])

@@ -91,6 +91,27 @@ def test_one_token_equals_loop(compiled, shape, seed):
         assert_dispatch_equals_loop(lamoe.moe_one, case, 2e-6)
 
 
+@pytest.mark.parametrize("moe", [lamoe.plain_moe, lamoe.sorted_moe])
+def test_no_tokens_are_no_rows(moe):
+    experts, experts_NA, inputs = dispatch_case(3, 2, 4, 8, 8, "random", 0)
+    assert moe(experts, inputs[0][:0], experts_NA[:0], inputs[1][:0]).shape == (0, 8)
+
+
+def test_a_choice_of_weight_zero_costs_nothing():
+    """Where nearly all weights are zero, as when experts choose tokens, few rows are computed."""
+    experts, experts_NA, inputs = dispatch_case(12, 4, 4, 6, 5, "random", 0)
+    weights_NA, rows = inputs[1].detach().clone(), []
+    weights_NA[:, 1:] = 0
+    run = lamoe.run_expert
+    with mock.patch.object(
+        lamoe, "run_expert", lambda x, *rest: (rows.append(len(x)), run(x, *rest))[1]
+    ):
+        y_ND = lamoe.plain_moe(experts, inputs[0], experts_NA, weights_NA)
+    assert sum(rows) == 12
+    loop_ND = loop_over_experts(inputs[0], experts_NA, weights_NA, *experts.parameters())
+    assert_close(y_ND, loop_ND, 2e-6)
+
+
 def permutation_case(N=5, A=2, E=3):
     """token_P1 and slot_NA as sorted_moe makes them, for a random choice."""
     experts_NA = choose(N, A, E, "random", torch.Generator().manual_seed(3))

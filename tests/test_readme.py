@@ -188,19 +188,6 @@ def test_the_map_has_the_sections_of_the_file(file):
     assert re.findall(r"\b(\d) ", row) == banners
 
 
-def test_every_message_that_the_readme_explains_is_one_of_the_programs():
-    sources = [
-        path.read_text(encoding="utf-8")
-        for path in [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")]
-    ]
-    table = README.split("| message |")[1].split("\n\n")[0]
-    messages = re.findall(r"`([^`]+)`", " ".join(re.findall(r"^\|([^|]*)\|", table, re.M)))
-    parts = [part.strip() for message in messages for part in message.split("...") if part.strip()]
-    assert len(parts) >= 5
-    for part in parts:
-        assert any(part in source for source in sources), part
-
-
 def test_every_file_named_in_a_readme_is_there_and_every_test_file_is_explained():
     for text in (README.split("## Credits")[0], *OTHERS):  # the credits name another project's
         for name in re.findall(r"`([\w/.]+\.(?:py|md))`", text):

@@ -290,6 +290,7 @@ def test_on_a_gpu_it_stays_in_the_meter_until_the_row_that_reports_it(tmp_path):
         optimizers=[],
         done=dict(storage.NOTHING_DONE),
         folder=tmp_path,
+        is_compiled=False,
     )
     norms = iter([torch.tensor(math.inf), torch.tensor(1.0)])
     with (

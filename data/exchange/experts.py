@@ -52,16 +52,16 @@ def route(model, tokenizer, source: str, ids: list[int]) -> RoutedText:
 
 
 def read_ids(path: str, tokenizer, most: int = 100_000) -> list[int]:
-    """The ids of a UTF-8 file, <|endoftext|> before each document; of a long file the first."""
+    """The ids of a UTF-8 file, each document as after `start`; of a long file the first."""
     if not Path(path).is_file():
         raise ValueError(f"--text {path}: no such file; name a UTF-8 text file")
-    ids = []
+    ids, before = [], tokenizer.start or [tokenizer.eot]
     for document in bpe.read_documents(path):
-        ids += [tokenizer.eot, *tokenizer.encode(document.strip("\n\ufeff"))]
+        ids += [*before, *tokenizer.encode(document.strip("\n\ufeff"))]
         if len(ids) > most:
             print(f"[{path}: the first {most:,} tokens]", file=sys.stderr)
             break
-    if set(ids) <= {tokenizer.eot}:
+    if set(ids) <= {*before}:
         raise ValueError(f"{path} is empty; name a file with text in it")
     return ids[:most]
 

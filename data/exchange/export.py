@@ -47,7 +47,7 @@ def export(model, tokenizer, out: str | os.PathLike, shard_bytes: int = 5 * 10**
     try:
         temporary.mkdir(parents=True)
         for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
+            (temporary / name).write_text(text, encoding="utf-8", newline="")
         for name, part in shards.items():
             safetensors.torch.save_file(part, temporary / name, {"format": "pt"})
         for path in temporary.iterdir():
@@ -76,8 +76,13 @@ def config_files(model, tokenizer) -> dict[str, str]:
             raise ValueError(f"no Hugging Face folder can hold this model: {reason}")
     for key in ("torch_dtype", "dtype"):  # transformers 4 and 5
         config[key] = str(dtype).removeprefix("torch.")
+    if n_sparse := len(model.sparse_layers):
+        # To train on there with the balance kept. Even routing has a loss of 1 a layer with us, and
+        # of top_k for all layers together with them.
+        weight = c.balance_weight * n_sparse / c.top_k
+        config |= {"output_router_logits": True, "router_aux_loss_coef": round(weight, 12)}
     if tokenizer:
-        config["eos_token_id"] = tokenizer.eot
+        config["eos_token_id"] = tokenizer.stops if tokenizer.stops[1:] else tokenizer.eot
         config["bos_token_id"] = tokenizer.start[0] if tokenizer.start else None
     ends = {key: id_ for key, id_ in config.items() if key in ("bos_token_id", "eos_token_id")}
     contents = {"config.json": config, "generation_config.json": ends}

@@ -105,6 +105,14 @@ def to_hf_config(c: Config, dense: list[int]) -> dict:
     return theirs
 
 
+def one_spelling(rope: dict | None) -> dict:
+    """rope_parameters or rope_scaling, of whatever version: without what says nothing."""
+    nothing = (("factor", 1), ("partial_rotary_factor", 1))
+    rope = {k: v for k, v in (rope or {}).items() if v is not None and (k, v) not in nothing}
+    kinds = {rope.pop(key) for key in ("rope_type", "type") if key in rope}  # once it was `type`
+    return {"rope_type": " or ".join(sorted(kinds)) or "default", **rope}
+
+
 def from_hf_config(theirs: dict) -> tuple[Config, list[int]]:
     """The Config and the dense layers of a config.json of transformers 4 or 5.
 
@@ -120,15 +128,18 @@ def from_hf_config(theirs: dict) -> tuple[Config, list[int]]:
         theirs["num_key_value_heads"] = theirs["num_attention_heads"]
     if model_type == "qwen3_moe" and "num_experts" not in theirs:  # transformers 5
         theirs["num_experts"] = theirs["num_local_experts"]
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     theta = theirs.get("rope_theta", 1e6 if model_type == "mixtral" else 1e4)
+    new, old = (one_spelling(theirs.get(key)) for key in ("rope_parameters", "rope_scaling"))
+    rope = {"rope_theta": theta, **(new if theirs.get("rope_parameters") else old)}
+    theirs["rope_scaling"] = None if old == one_spelling(None) else old
+    theirs["rope_parameters"] = rope
     dense = list(theirs.get("mlp_only_layers") or [])
     values = {"n_experts": 1, "top_k": 1}
     values |= {field: theirs[key] for field, key in family.keys.items()}
     values["n_dense_layers"] = len(dense)
     values["qk_norm"] = model_type.startswith("qwen3")
-    values["rope_theta"] = rope.get("rope_theta", theta)
-    values["rope_factor"] = rope.get("factor", 1.0) if rope.get("rope_type") == "llama3" else 1.0
+    values["rope_theta"] = rope["rope_theta"]
+    values["rope_factor"] = rope.get("factor", 1.0) if rope["rope_type"] == "llama3" else 1.0
     for field in (field for field in dataclasses.fields(Config) if field.name in values):
         value, key = values[field.name], family.keys.get(field.name, field.name)
         kinds = {int: [int], float: [float, int], bool: [bool]}.get(field.type, [int, type(None)])
@@ -157,23 +168,27 @@ def refuse_others(theirs: dict, c: Config, dense: list[int]) -> None:
             raise ValueError(f"{key}={theirs[key]!r:.160} is not supported, only {value!r:.160}")
 
 
-def hf_tensors(model: LaMoE) -> dict[str, Tensor]:
+def hf_tensors(model: LaMoE, names=()) -> dict[str, Tensor]:
     """Their name -> our tensor, or the view of it that they keep apart: to write, or to read into.
 
     The first half of gate_up_proj's rows is their gate, the second their up; expert e is row e.
+    names: of the tensors in a folder. Of some, by transformers 5, all experts of a layer are one.
     """
-    family = FAMILIES[family_of(model.config, dense_layers(model))]
+    family, stacks = FAMILIES[family_of(model.config, dense_layers(model))], {}
     tensors = {"model.embed_tokens": model.embed.weight, "model.norm": model.norm.weight}
     if not model.config.tie_embeddings:
         tensors["lm_head"] = model.head.weight
     for i, block in enumerate(model.blocks):
-        at, ffn = f"model.layers.{i}", block.ffn
+        at, ffn, parts = f"model.layers.{i}", block.ffn, {}
         tensors[f"{at}.input_layernorm"] = block.attn_norm.weight
         tensors[f"{at}.post_attention_layernorm"] = block.ffn_norm.weight
         for name, weight in block.attn.named_parameters():  # q_proj.weight, ...
             tensors[f"{at}.self_attn.{name.removesuffix('.weight')}"] = weight
         if isinstance(ffn, SwiGLU):
             parts = {f"{at}.{family.ffn}": (ffn.gate_up_proj.weight, ffn.down_proj.weight)}
+        elif f"{at}.mlp.experts.gate_up_proj" in names:
+            tensors[f"{at}.mlp.gate"] = ffn.router.weight
+            stacks |= {f"{at}.mlp.experts.{k}": w for k, w in ffn.experts.named_parameters()}
         else:
             tensors[f"{at}.{family.ffn}.gate"] = ffn.router.weight
             experts = zip(ffn.experts.gate_up_proj, ffn.experts.down_proj, strict=True)
@@ -181,4 +196,5 @@ def hf_tensors(model: LaMoE) -> dict[str, Tensor]:
         for name, (gate_up, down) in parts.items():
             three = zip(family.gate_up_down, (*gate_up.chunk(2), down), strict=True)
             tensors |= {f"{name}.{part}": tensor for part, tensor in three}
-    return {f"{name}.weight": tensor.detach() for name, tensor in tensors.items()}
+    tensors = {f"{name}.weight": tensor for name, tensor in tensors.items()}
+    return {name: tensor.detach() for name, tensor in {**tensors, **stacks}.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lamoe
 from data.exchange.huggingface import FAMILIES, dense_layers, family_of, from_hf_config, hf_tensors
-from data.foreign import load_tokenizer
+from data.foreign import GENERATION, load_tokenizer
 from data.run import checkpoint
 
 
@@ -48,16 +48,16 @@ def load_folder(folder: Path, device: str, dtype: torch.dtype | None):
         theirs, files = read_json(folder / "config.json"), open_tensors(folder)
         c, dense = from_hf_config(theirs)
         model = reserve(c, dense, files, device, dtype)
-        for name, weight in hf_tensors(model).items():
+        for name, weight in hf_tensors(model, files).items():
             weight.copy_(files[name].get_tensor(name))
+        if (folder / GENERATION).exists():  # there may be several ends, of turns and of texts
+            theirs |= read_json(folder / GENERATION)
     except KeyError as error:
         raise ValueError(f"{folder} can't be read: it lacks {error}") from error
     except Exception as error:  # those of safetensors and torch have no common class
         reason = " ".join(f"{error}".split())[:300]
         raise ValueError(f"{folder} can't be read: {reason}") from error
-    ends = theirs.get("eos_token_id")
-    ends = ends[0] if isinstance(ends, list) and ends else ends
-    return model, load_tokenizer(folder, c.vocab_size, ends)
+    return model, load_tokenizer(folder, c.vocab_size, theirs.get("eos_token_id"))
 
 
 def read_json(path: Path) -> dict:
@@ -109,7 +109,8 @@ class NoInit(torch.overrides.TorchFunctionMode):
 
 def reserve(c: lamoe.Config, dense: list[int], files: dict, device: str, dtype) -> lamoe.LaMoE:
     """A model for the tensors in these files, which are not read yet; dtype as for `load`."""
-    if c.n_layers * c.n_experts > len(files):
+    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in files)
+    if c.n_layers * (1 if fused else c.n_experts) > len(files):
         raise ValueError(f"{c.n_layers} layers of {c.n_experts} experts are not in its files")
     stored = {name: file.get_slice(name).get_dtype() for name, file in files.items()}
     is_bf16 = stored["model.embed_tokens.weight"] == "BF16"
@@ -122,11 +123,11 @@ def reserve(c: lamoe.Config, dense: list[int], files: dict, device: str, dtype) 
         torch.set_default_dtype(before)
     if c.n_experts > 1 and dense_layers(model) != dense:
         raise ValueError(f"mlp_only_layers={dense} is not supported, only {dense_layers(model)}")
-    ffn = FAMILIES[family_of(c, dense)].ffn
+    ffn = "mlp" if fused else FAMILIES[family_of(c, dense)].ffn
     for i, block in enumerate(model.blocks):  # a router computes in fp32: if stored so, it stays so
         if stored.get(f"model.layers.{i}.{ffn}.gate.weight") == "F32":
             block.ffn.router.float()
-    check_tensors(hf_tensors(model), files, c.tie_embeddings)
+    check_tensors(hf_tensors(model, files), files, c.tie_embeddings)
     return model
 
 

@@ -5,12 +5,14 @@ A checkpoint is a dict that torch.save wrote. Every one has "config" (fields of 
 """
 
 import os
+import sys
 import zipfile
 from types import NoneType
 
 import torch
 from torch import Tensor
 
+import bpe
 import lamoe
 from data.foreign import tokenizer_from_state
 from data.run.files import replacing
@@ -97,6 +99,12 @@ def build(checkpoint: dict, path):
     state = checkpoint.get("tokenizer")
     try:
         tokenizer = None if state is None else tokenizer_from_state(state)
+        if tokenizer and (made := state.get("unicode", bpe.UNICODE)) != bpe.UNICODE:
+            here = f"{bpe.UNICODE} here: new ones get other ids; 16 has pip install 'regex<2025.10'"
+            print(
+                f"{path}: its tokenizer knows the letters of Unicode {made}, {here}",
+                file=sys.stderr,
+            )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: its tokenizer is unusable: {reason}; train again") from None

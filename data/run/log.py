@@ -41,10 +41,10 @@ class Meter:
 
     def __init__(self, model: lamoe.LaMoE):
         c, device = model.config, model.embed.weight.device
-        layers = len(model.sparse_layers)
+        self.layers = model.sparse_layers
         # micro-steps, loss, aux, dropped, and the last gradient norm
         self.scalars = torch.zeros(5, device=device)
-        self.load = torch.zeros(layers, c.n_experts, device=device)
+        self.load = torch.zeros(len(self.layers), c.n_experts, device=device)
 
     @torch.no_grad()
     def add(self, out: lamoe.Output) -> None:
@@ -86,6 +86,7 @@ class Log:
 
     def __init__(self, run):
         self.run, self.usual_loss, self.before = run, None, dict(run.done)
+        self.best_speed = 0.0  # [tokens per second]
         if ranks.RANK == 0:
             names, step = run.data.corpus.sources, run.done["step"]
             sources = [f"val_bpb_{name}" for name in names if len(names) > 1]
@@ -103,12 +104,13 @@ class Log:
         self.before = dict(run.done)
         if ranks.RANK == 0:
             self.rows.write(row)
-            for layer, shares in enumerate(run.meter.share().tolist()):
+            for layer, shares in zip(run.meter.layers, run.meter.share().tolist(), strict=True):
                 of_expert = {str(e): share for e, share in enumerate(shares)}
                 self.loads.write({"step": step, "layer": layer, **of_expert})
             run.tracker.log(row)
             show_row(row, settings, run.data.corpus.floor)
         self.usual_loss = warn_of_spike(row, self.usual_loss, settings)
+        self.best_speed = warn_of_slowness(speed, self.best_speed, run)
         run.meter.reset()
 
     def flush(self) -> None:
@@ -142,6 +144,18 @@ def warn_of_spike(row: dict, usual: float | None, settings) -> float:
             f"if it stays there, start anew with --lr {settings.lr / 2:.1g}"
         )
     return 0.8 * usual + 0.2 * loss
+
+
+def warn_of_slowness(speed: float, best: float, run) -> float:
+    """Says so if tokens per second fell to a quarter of the best; returns the new best."""
+    if run.settings.device != "cpu" or speed > best / 4:
+        return max(speed, best)
+    print_line(
+        f"slow       {speed:,.0f} tokens/s, and it was {best:,.0f}: another program uses this CPU; "
+        f"stop it, or leave it a core: OMP_NUM_THREADS={max(1, torch.get_num_threads() - 1)} "
+        f"python train.py --resume --out {run.folder}"
+    )
+    return speed  # said again only after another fall
 
 
 def columns_of_score(score, data) -> dict:

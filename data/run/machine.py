@@ -9,7 +9,6 @@ import re
 import signal
 import sys
 import time
-import timeit
 import warnings
 
 import torch
@@ -21,18 +20,13 @@ from data.run.log import print_line
 
 
 def pick_dtype(name: str, device: str) -> str:
-    """bf16 where it is faster: on a GPU, and on a CPU that wins a short race with it."""
+    """bf16 where it is faster: on a GPU, and on a CPU that multiplies bf16 (AVX512-BF16 or AMX)."""
     if name != "auto":
         return name
-    if device != "cpu":
-        return {"cuda": "bf16", "mps": "fp32"}[device]
-    if ranks.WORLD > 1:  # each might come to another result
-        return "fp32"
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(512, 512).to(dtype)
-        seconds[dtype] = min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=7))
-    return "bf16" if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else "fp32"
+    cpu_has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device == "cuda" or (device == "cpu" and cpu_has_bf16 and ranks.WORLD == 1):
+        return "bf16"  # with several ranks, their CPUs may differ
+    return "fp32"
 
 
 def autocast(settings):
@@ -110,21 +104,23 @@ def compile_blocks(model: lamoe.LaMoE) -> None:
     model.predict = torch.compile(model.predict, fullgraph=True, dynamic=False)
 
 
-def compile_model(run) -> None:
-    """Compiles the model and runs it once, so that no step of the log has that time in it."""
+def compile_model(run) -> bool:
+    """Whether it compiled the model. It also runs it once, so that no step has that time in it."""
     if not run.settings.compile:
-        return
+        return False
     started, (inputs, targets) = time.perf_counter(), run.data.batches(0, run.settings.device)
     with autocast(run.settings):
         if not can_compile(run.model):
             why = "experts need bf16 on an NVIDIA card from Ampere on"
-            return print_line(f"compile    {why}: not compiled")
+            print_line(f"compile    {why}: not compiled")
+            return False
     print_line("compile    writing kernels for this model; about half a minute, less the next time")
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=run.settings.device))
     except Exception as error:  # whatever a missing compiler makes of it
         why = f"there is no compiler here ({first_line(error)})"
-        return print_line(f"           {why}: going on without")
+        print_line(f"           {why}: going on without")
+        return False
     compile_blocks(run.model)
     here = [torch.cuda.current_device()] if run.settings.device == "cuda" else []
     with torch.random.fork_rng(here), warnings.catch_warnings():  # leaves no trace in the run
@@ -135,6 +131,57 @@ def compile_model(run) -> None:
     for weight in run.model.parameters():
         weight.grad = None
     print_line(f"           done in {time.perf_counter() - started:.0f} s")
+    return True
+
+
+def set_rates(optimizers, share: float) -> None:
+    """The rates of a step, as a share of the highest."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        rate = share * group["highest_lr"]
+        if isinstance(group["lr"], torch.Tensor):  # a recorded step reads it where it is
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def recorded(take_step, run):
+    """take_step as a CUDA graph, if it runs on one GPU, compiled; else itself."""
+    works = run.is_compiled and run.settings.device == "cuda" and ranks.WORLD == 1
+    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
+        group["lr"] = torch.tensor(float(group["lr"]), device="cuda") if works else 0.0
+        if "capturable" in group:  # AdamW wants to be told
+            group["capturable"] = works
+    return Recorded(take_step) if works else take_step
+
+
+class Recorded:
+    """A training step as one CUDA graph, recorded once and then replayed.
+
+    The step of a small model is thousands of kernels, and Python needs longer to start them than
+    the GPU to run them. A recording repeats the same work on the same memory: so batches are
+    copied to where it reads them, and rates are tensors. The first steps run as they are, on a
+    stream of their own as recording asks: they choose kernels and make the optimizers' state.
+    """
+
+    def __init__(self, take_step):
+        self.take_step, self.steps_before, self.graph = take_step, 3, None
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *micro_batches) -> None:
+        if self.steps_before > 0:
+            self.steps_before -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.take_step(*micro_batches)
+            return torch.cuda.current_stream().wait_stream(self.stream)
+        if self.graph is None:
+            self.micro_batches, self.graph = micro_batches, torch.cuda.CUDAGraph()
+            torch.cuda.empty_cache()  # a graph has memory of its own
+            with torch.cuda.graph(self.graph):
+                self.take_step(*micro_batches)
+        for kept, new in zip(self.micro_batches, micro_batches, strict=True):
+            torch._foreach_copy_(list(kept), list(new))
+        self.graph.replay()
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def draw_loads(figure, axes, loads: list[dict]) -> None:
     for layer in range(1, n_layers):
         axes.axhline(layer * n_experts, color="white", linewidth=3)
     middles = [(layer + 0.5) * n_experts for layer in range(n_layers)]
-    axes.set_yticks(middles, [f"layer {layer}" for layer in range(n_layers)])
+    axes.set_yticks(middles, [f"layer {row['layer']}" for row in loads[:n_layers]])
     axes.invert_yaxis()
     axes.set(xlabel="step", title=f"Load of the {n_experts} experts of each layer, a line each")
     figure.colorbar(mesh, ax=axes, extend="max", label="1 is an equal share", pad=0.01)

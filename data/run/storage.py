@@ -36,9 +36,10 @@ def find_run(flags: dict, resuming: bool, train_config) -> tuple:
     saved = read_run(folder, train_config)
     if not saved:
         if not flags.keys() - PLACES:
+            again = f"python train.py --resume --out {folder} --data stories"
             raise ValueError(
                 f"{folder} has no usable checkpoint, and without one its flags are not known; "
-                f"repeat them, --data at least: python train.py --resume --out {folder} --data X.txt"
+                f"repeat them, at least --data: {again}"
             )
         kept = "; what is there gets .old" if holds_a_run(folder) else ""
         print_line(f"           no usable checkpoint in {folder}: starting over{kept}")
