@@ -7,8 +7,6 @@ new text, replay the merges in the order in which they were learned. Notable fea
 - any str survives encode and decode exactly: there is no unknown token and no normalisation
 - merges equal rustbpe's, ids equal tiktoken's and Hugging Face's (tests/test_bpe.py)
 
-    python bpe.py FILE --vocab_size 4096 --out tokenizer.json
-
 References:
 [1] Gage 1994, "A new algorithm for data compression", The C Users Journal 12(2)
 [2] Sennrich, Haddow, Birch 2016, "Neural machine translation of rare words ...", arXiv 1508.07909
@@ -88,8 +86,8 @@ PATTERN = (
     r"|\s*[\r\n]|\s+(?!\S)|\s+"  # white space, leaving the last space to the next word
 )
 split_words = regex.compile(PATTERN).findall
-# `regex` decides what a letter is. Each version of Unicode has new ones; here one each of 15 to 18.
-UNICODE = 14 + len(regex.findall(r"\p{L}", "\U00011f04\u1c89\ua7ce\u208f"))
+NEW = "\U00011f04\u1c89\ua7ce\u208f"  # a letter each of Unicode 15, 16, 17 and 18
+UNICODE = 14 + len(regex.findall(r"\p{L}", NEW))  # the version that decides what a letter is
 
 # The pattern is slow (10 MB/s). So a cheap one (60 MB/s) first cuts text into chunks, and the slow
 # one splits each distinct chunk only once. Most cuts would change words: "a  b" splits differently
@@ -107,8 +105,6 @@ find_cut = re.compile(r"(?<=\S)(?= )|(?<=[\r\n])(?=\S)").search
 def blocks(text):
     """Yields `text` in pieces of about BLOCK characters, cut only where no word changes.
 
-    >>> split_words("It's 2024,  isn't it?")
-    ['It', "'s", ' ', '202', '4', ',', ' ', ' isn', "'t", ' it', '?']
     >>> split_chunks("It's 2024,  isn't it?")
     ["It's", ' 2024,', "  isn't", ' it?']
     """
@@ -291,8 +287,7 @@ class Tokenizer:
         self.tokens = np.array([*tokens, SPECIAL.encode()], dtype=object)
         self.byte_lengths = np.array([len(token) for token in self.tokens])
         self._typecode = "H" if self.vocab_size <= 1 << 16 else "I"
-        ranks = {pair: 256 + i for i, pair in enumerate(self.merges)}
-        self._packed = PackedIds(ranks, self._typecode)
+        self._packed = PackedIds({p: 256 + i for i, p in enumerate(self.merges)}, self._typecode)
 
     @classmethod
     def train(cls, documents, vocab_size, progress=None):
@@ -376,18 +371,21 @@ class Tokenizer:
 
 def read_documents(path):
     """Yields the documents of a file, between lines that are <|endoftext|>; huge ones in pieces."""
-    separator, rest = re.compile(rf"^{re.escape(SPECIAL)}\r*(?:\n|\Z)", re.M), ""
-    with open(path, encoding="utf-8", newline="\n") as file:
+    separator, rest = re.compile(rf"^{re.escape(SPECIAL)}(?:\n|\Z)", re.M), ""
+    with open(path, encoding="utf-8-sig") as file:  # line ends of any system become \n
         try:
             while lines := file.readlines(1 << 20):
                 *documents, rest = separator.split(rest + "".join(lines))
+                if "\0" in rest:
+                    raise ValueError(f"{path} has zero bytes: if text, then iconv -f utf-16 ...")
                 yield from documents
                 if len(rest) > 1 << 20:
                     *pieces, rest = blocks(rest)
                     yield from pieces
         except UnicodeDecodeError as error:  # error.object: the bytes read last
             offset = file.buffer.tell() - len(error.object) + error.start
-            remedy = "convert it with: iconv -f latin1 -t utf8"
+            kind = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+            remedy = f"convert it: iconv -f {kind} -t utf-8 {path} > utf8.txt"
             raise ValueError(f"{path} is not UTF-8 at byte {offset}; {remedy}") from None
     yield rest
 

@@ -128,7 +128,7 @@ def answer(model, tokenizer, prompt: str, args, generator: torch.Generator) -> l
     seq_len = model.config.seq_len
     if len(ids) >= seq_len:
         start = len(tokenizer.start)
-        most = f"the model reads {seq_len} at most; shorten it to {seq_len - 1 - start}"
+        most = f"the model reads {seq_len} at most; shorten it to {max(0, seq_len - 1 - start)}"
         raise ValueError(f"the prompt has {len(ids) - start} tokens and {most}")
     filters = (args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     batch_BT = torch.tensor([ids] * args.n, device=args.device)

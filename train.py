@@ -286,8 +286,7 @@ def make_optimizers(model: lamoe.LaMoE, config: TrainConfig) -> list[torch.optim
         kind = routers if ".router." in name else matrices if of_muon else sharded
         (vectors if weight.dim() < 2 else kind).append(weight)
     decay = config.weight_decay
-    groups = [{"params": of_adamw, "weight_decay": decay} for of_adamw in (sharded, routers)]
-    groups = [group for group in groups if group["params"]]
+    groups = [{"params": part, "weight_decay": decay} for part in (sharded, routers) if part]
     groups.append({"params": vectors, "weight_decay": 0.0})
     muon = Muon(matrices, config.muon_lr, decay)
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)

@@ -110,18 +110,31 @@ def read(name: str, text_column: str = "", train_bytes: int = 0, progress=None) 
             for source, text, ends in formats.documents(files, text_column, note):
                 yield label if len(members) > 1 else source, text, ends
 
-    files = sorted({str(m.path) for found in members.values() for m in found})
-    stats = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
-    table = documents_table(pieces, (stats, members, text_column), progress)
-    return split(Path(name).stem or Path(name).resolve().name, pieces, table)
+    files = sorted({m.path.resolve() for found in members.values() for m in found})
+    table = documents_table(pieces, (list(map(identity, files)), members, text_column), progress)
+    shown = [
+        formats.left_out(find_path(part), members[label])
+        for label, part in zip(names, parts, strict=True)
+    ]
+    table = table._replace(notes=[*table.notes, *filter(None, shown)])
+    return split((Path(name).stem or Path(name).resolve().name)[:60], pieces, table)
+
+
+def find_path(name: str) -> Path:
+    return SETS / name if name in download.SETS else Path(name)
+
+
+def identity(file: Path) -> tuple:
+    """What no other text has: a backup keeps size and time of change, but not when it was made."""
+    now = file.stat()
+    return f"{file}", now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino
 
 
 def find(name: str) -> list[formats.Member]:
     """The files of a set or a path."""
     if name in DRAWN:
         raise ValueError(f"{name} has a validation text of its own; use it alone: --data {name}")
-    known = name in download.SETS
-    path = SETS / name if known else Path(name)
+    known, path = name in download.SETS, find_path(name)
     if not path.exists():
         if known:
             raise ValueError(f"{name} is not here yet; fetch it: python data/datasets.py {name}")
@@ -133,8 +146,7 @@ def find(name: str) -> list[formats.Member]:
     members = formats.find(path)
     if not members:
         remedy = f"fetch it: python data/datasets.py {name}" if known else "name another"
-        kinds = " ".join(formats.SUFFIXES)
-        raise ValueError(f"{path} holds no {kinds} or .zip file; put text there, or {remedy}")
+        raise ValueError(f"{path} holds no file of UTF-8 text; put text there, or {remedy}")
     return members
 
 
@@ -215,7 +227,7 @@ def split(name: str, pieces, table: Table) -> Corpus:
         own = table.sources == table.names.index(source)
         held_out[own] = np.cumsum(table.n_chars[own]) > end
         share = table.n_chars[held_out & own].sum() / table.n_chars[own].sum()
-        how.append(f"the last {100 * share:.2g}% of {source or name} for validation")
+        how.append(f"the last {100 * share:.3g}% of {source or name} for validation")
     val, train = few_of(held_out, table), fresh & ~held_out
     if len(ends) < len(table.names):
         how.insert(0, f"{n:,} documents, {val.sum():,} of them for validation")
@@ -261,10 +273,10 @@ def cut(documents: Documents, ends: dict[str, int], note=None):
     left = dict(ends)
     for source, text, whole in documents.all():
         if (at := left.get(source, 0)) > 0:
+            left[source] = at - len(text)
             if at < len(text) or (at == len(text) and not whole):
                 yield source, text[:at], True
                 text = text[at:]
-            left[source] = at - len(text)
         if text or whole:
             yield source, text, whole
 

@@ -40,8 +40,8 @@ class ForeignTokenizer:
     encode_array = Tokenizer.encode_array  # before each document stand the ids of `start`
 
     def __init__(self, files, vocab_size, eot=None):
-        """files: {name: text} of FILES and KEPT; eot: the id, or ids, that end a text by the config
-        of the model; the first is end-of-text if the files name no eos_token.
+        """files: {name: text} of FILES and KEPT; eot: the id, or ids, that the model's config calls
+        the end; the first is end-of-text if tokenizer_config.json names none.
 
         vocab_size is the model's, often rounded up. ValueError if the files can't be used.
         """
@@ -253,6 +253,7 @@ def load_tokenizer(folder, vocab_size, eot=None):
         for path in paths:
             with open(path, encoding="utf-8", newline="") as file:
                 files[path.name] = file.read()
+        eot = json.loads(files.get(GENERATION, "{}")).get("eos_token_id", eot)
         ours = own_tokenizer(files[FILES[0]])
         is_ours = ours and is_all(ours, files, vocab_size, eot)
         return ours if is_ours else ForeignTokenizer(files, vocab_size, eot)

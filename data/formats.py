@@ -16,9 +16,11 @@ Which set a file belongs to is seen from its layout alone, wherever it came from
 | any other text                           | a file, or what lines <|endoftext|> separate in it    |
 """
 
+import bz2
 import codecs
 import contextlib
 import csv
+import gzip
 import io
 import itertools
 import json
@@ -27,6 +29,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +38,19 @@ SEPARATOR = "<|endoftext|>"  # a line of its own in files, a token for the model
 BLOCK = 1 << 20  # read at a time [bytes]
 PIECE = 1 << 20  # longer documents come in pieces [characters]
 LONGEST_LINE = 1 << 26  # of a csv or jsonl [characters]
-SUFFIXES = (".txt", ".md", ".csv", ".jsonl")
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # unpacked while they are read
+NO_TEXT = {  # how files begin that are no text, and what to do
+    b"%PDF": "a PDF; write its text to a file: pdftotext FILE",
+    b"PK\3\4": "a zip or an Office document; save it as plain text",
+    b"\x89PNG": "an image; name a file of text",
+    b"\xff\xd8\xff": "an image; name a file of text",
+    b"GIF8": "an image; name a file of text",
+    b"PAR1": "Parquet; write its rows to a .jsonl file",
+    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it: unzstd FILE",
+    b"\x1f\x8b": "packed by gzip; name it FILE.gz",
+    b"\xd0\xcf\x11\xe0": "an Office document; save it as plain text",
+}
 CATEGORIES = "business entertainment politics sport tech".split()
 BBC = re.compile(rf"(?:^|/)({'|'.join(CATEGORIES)})/\d+\.txt$")
 WIKI = re.compile(r"(?:^|/)[A-Z]{2}/wiki_\d+$")
@@ -53,7 +68,11 @@ class Member(NamedTuple):
 
 
 def find(path: Path) -> list[Member]:
-    """The readable files at a path in a stable order; of a known set only what belongs to it."""
+    """The files of text at a path in a stable order; of a known set only what belongs to it.
+
+    In a folder that is every UTF-8 file, of whatever suffix: code is text. What is left out is what
+    `left_out` names.
+    """
     if path.is_file() and not is_zip(path):
         return [Member(path, "", path.name)]  # whatever it is called
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
@@ -70,8 +89,29 @@ def find(path: Path) -> list[Member]:
     if {BBC.search(m.name)[1] for m in bbc} == set(CATEGORIES):
         return [m._replace(source=BBC.search(m.name)[1]) for m in bbc]
     wiki = [m for m in members if WIKI.search(m.name)]
-    readable = [m for m in members if m.name.lower().endswith(SUFFIXES)]
-    return wiki or by_folder(readable)
+    return wiki or by_folder([m for m, file in opened(members) if is_text(m, file)])
+
+
+def is_text(member: Member, file) -> bool:
+    """Whether an open file may be text. One in an older encoding may: its reader names the byte."""
+    try:
+        start = file.read(4096)
+    except UNZIPPING as error:
+        raise damaged(member, error) from None
+    is_known = start.startswith(tuple(NO_TEXT))
+    return bool(looks_like_utf16(start)) or not is_known and b"\0" not in start
+
+
+def left_out(path: Path, members: list[Member]) -> str:
+    """What of a folder is not read, by suffix, "left out: 3 .png"; of a known set nothing."""
+    if not path.is_dir() or any(m.source in CATEGORIES or WIKI.search(m.name) for m in members):
+        return ""
+    kept = {m.path for m in members}
+    visible = (p for p in path.rglob("*") if not any(part[0] == "." for part in p.parts[1:]))
+    suffixes = Counter(p.suffix or p.name for p in visible if p.is_file() and p not in kept)
+    ordered = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
+    some = ", ".join(f"{n} {suffix}" for suffix, n in ordered[:6])
+    return f"{path}: left out: {some}" if some else ""
 
 
 def is_zip(path: Path) -> bool:
@@ -115,7 +155,8 @@ def opened(members: list[Member]):
         with zipfile.ZipFile(path) if is_zip(path) else contextlib.nullcontext() as archive:
             for member in group:
                 try:
-                    file = archive.open(member.inside) if archive else open(path, "rb")  # noqa: SIM115
+                    unpack = PACKED.get(path.suffix.lower(), open)
+                    file = archive.open(member.inside) if archive else unpack(path, "rb")
                 except (*UNZIPPING, KeyError, RuntimeError) as error:  # no such name; a password
                     raise damaged(member, error) from None
                 with file:
@@ -124,7 +165,7 @@ def opened(members: list[Member]):
 
 # What zipfile raises at archives that are damaged, or packed in a way it doesn't know.
 UNZIPPING = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
-UNZIPPING += (EOFError, NotImplementedError, OverflowError)
+UNZIPPING += (EOFError, NotImplementedError, OverflowError, gzip.BadGzipFile)
 
 
 def damaged(member: Member, error: Exception) -> ValueError:
@@ -145,6 +186,9 @@ def text_blocks(file, name: str):
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     decoder, done = io.IncrementalNewlineDecoder(decoder, translate=True), 0
     for data in itertools.chain(iter(partial(file.read, BLOCK), b""), [b""]):
+        for start, what in NO_TEXT.items() if not done else ():
+            if data.startswith(start):
+                raise ValueError(f"{name} is {what.replace('FILE', name)}")
         if not done and (kind := looks_like_utf16(data)):
             raise ValueError(
                 f"{name} is UTF-16 text, not UTF-8 (byte 0 is 0x{data[0]:02x}); convert it: "
@@ -295,15 +339,42 @@ TEXTS = ("text", "content", "body", "article", "story", "document", "review", "d
 
 
 def csv_rows(blocks, name: str):
-    """Yields a csv's rows as dicts; the commonest of , ; and tab in its first line separates."""
+    """Yields a csv's rows as dicts; the commonest of , ; and tab in its first line separates.
+
+    A row of another number of fields than the header's would lose text, and so would one whose
+    quotes never end: ValueError names its line.
+    """
     found = lines(blocks, name)
     first = next(found, "")
     delimiter = max(",;\t", key=first.count)
-    reader = csv.DictReader(itertools.chain([first], found), delimiter=delimiter)
+    reader = csv.reader(itertools.chain([first], found), delimiter=delimiter, strict=True)
+    remedy = "put texts with commas or quotes in quotes; or if it is no table, rename it to .txt"
     try:
-        yield from reader
+        header = next(reader, [])
+        if longest := max(header, key=len, default=""):
+            if len(longest) > 60:
+                raise ValueError(f"{name} begins with text, not with names of columns; add them")
+        for row in reader:
+            if row and len(row) != len(header):
+                raise ValueError(
+                    f"{name}, line {reader.line_num}: a row of {len(row)} fields, and the header "
+                    f"has {len(header)}; {remedy}"
+                )
+            if row:
+                yield dict(zip(header, row, strict=True))
     except csv.Error as error:
-        raise ValueError(f"{name} is no csv at line {reader.line_num}: {error}") from None
+        raise ValueError(f"{name}, line {reader.line_num}: {error}; {remedy}") from None
+
+
+def json_rows(blocks, name: str):
+    """Yields the rows of a JSON file: those of its array, or of the first array in its object."""
+    try:
+        content = json.loads("".join(blocks))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is no JSON: {error}") from None
+    if isinstance(content, dict):
+        content = next((part for part in content.values() if isinstance(part, list)), [content])
+    yield from (flat_row(row, f"{name}, row {n}") for n, row in enumerate(content, 1))
 
 
 def jsonl_rows(blocks, name: str):
@@ -317,10 +388,32 @@ def jsonl_rows(blocks, name: str):
             raise ValueError(
                 f"{name} is no jsonl at line {number}: {line[:30]!r}; each line must be JSON"
             ) from None
-        row = {"text": row} if isinstance(row, str) else row
-        if not isinstance(row, dict):
-            raise ValueError(f"{name}, line {number} is neither an object nor a string")
-        yield {k: v.encode("utf-8", "replace").decode() for k, v in row.items() if type(v) is str}
+        yield flat_row(row, f"{name}, line {number}")
+
+
+def flat_row(row, where: str) -> dict:
+    """The texts of a JSON row by name: those of objects inside by "outer.inner", lists joined.
+
+    >>> flat_row({"id": 3, "data": {"text": ["a", "b"]}}, "x.json, row 1")
+    {'data.text': 'a\\nb'}
+    >>> flat_row({"messages": [{"role": "user", "content": "Hi"}]}, "x.json, row 1")
+    {'messages': 'user: Hi'}
+    """
+    if isinstance(row, str):
+        row = {"text": row}
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is neither an object nor a string")
+    flat = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": text for inner, text in flat_row(value, where).items()}
+        if isinstance(value, list):
+            parts = [flat_row(part, where) for part in value if isinstance(part, (str, dict))]
+            value = "\n".join(": ".join(part.values()) for part in parts)
+        if isinstance(value, str):
+            value = value.encode("utf-8", "replace").decode()
+            flat[name] = value.replace("\r\n", "\n").replace("\r", "\n")
+    return flat
 
 
 def column(header, wanted: tuple, part=False) -> str | None:
@@ -340,24 +433,41 @@ def column(header, wanted: tuple, part=False) -> str | None:
 def table(rows, name: str, text_column: str, note):
     """Yields the documents of a table, and tells note() which columns they come from."""
     rows = iter(rows)
-    first = list(itertools.islice(rows, 50))
-    rows, header = itertools.chain(first, rows), list(first[0]) if first else []
+    first = list(itertools.islice(rows, 1000))
+    rows, header = itertools.chain(first, rows), list(dict.fromkeys(k for r in first for k in r))
     if text_column:
         if first and text_column not in header:
             have = ", ".join(map(str, header))
             raise ValueError(f"{name} has no column {text_column!r}; it has: {have}")
-        return (row.get(text_column) or "" for row in rows)
+        return texts_of(rows, text_column, name, note)
     if {"page", "section_title", "text"} <= set(header):
         note(f"{name} has pages in sections")
         return pages(rows)
     speaker, line = column(header, SPEAKERS, part=True), column(header, LINES, part=True)
-    if speaker and line and speaker != line:
+    names = [row.get(speaker) or "" for row in first]
+    if (
+        speaker
+        and line
+        and speaker != line
+        and not all(n.strip(" .0123456789") == "" for n in names)
+    ):
         note(f"{name} has lines {line!r} of speakers {speaker!r}")
         return scenes(rows, speaker, line, column(header, PLAYS), column(header, PLACES))
     lengths = {key: sum(len(str(row.get(key) or "")) for row in first) for key in header if key}
     chosen = column(header, TEXTS) or max(lengths, key=lengths.get, default="")
     note(f"{name}: text is column {chosen!r} (another: --text_column)")
-    return (row.get(chosen) or "" for row in rows)
+    return texts_of(rows, chosen, name, note)
+
+
+def texts_of(rows, chosen: str, name: str, note):
+    """Yields the texts in a column, and says how many rows have none."""
+    missing, n = 0, 0
+    for n, row in enumerate(rows, 1):
+        text = row.get(chosen) or ""
+        missing += not text.strip()
+        yield text
+    if missing:
+        note(f"{name}: {missing:,} of {n:,} rows have no text in {chosen!r} and are left out")
 
 
 def pages(rows):
@@ -389,7 +499,7 @@ def scenes(rows, speaker: str, line: str, play: str | None, place: str | None):
 # --- 5. All of it ---------------------------------------------------------------------------------
 
 
-def documents(members: list[Member], text_column: str = "", note=print):
+def documents(members: list[Member], text_column: str = "", note=lambda line: None):
     """Yields (source, text, ends) of all documents of these files, one after the other."""
     for member, file in opened(members):
         try:
@@ -401,12 +511,14 @@ def documents(members: list[Member], text_column: str = "", note=print):
 
 def documents_of(member: Member, file, text_column: str, note):
     """Yields (text, ends) of one file, read as its name and its first line ask for."""
-    suffix = Path(member.name).suffix.lower()
+    name = Path(member.name.lower())
+    suffix = Path(name.stem).suffix if name.suffix in PACKED else name.suffix
     if member.source in CATEGORIES and BBC.search(member.name):
         return split_documents([utf8_or_cp1252(file.read())])
     blocks = text_blocks(file, f"{member.path}/{member.inside}".rstrip("/"))
-    if suffix in (".csv", ".jsonl"):
-        rows = (csv_rows if suffix == ".csv" else jsonl_rows)(blocks, member.name)
+    if suffix in TABLES:
+        read_rows = {".jsonl": jsonl_rows, ".json": json_rows}.get(suffix, csv_rows)
+        rows = read_rows(blocks, member.name)
         texts = table(rows, member.name, text_column, note)
         return ((text, True) for text in texts if text.strip())
     return (split_articles if WIKI.search(member.name) else split_documents)(blocks)

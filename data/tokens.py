@@ -34,7 +34,7 @@ def make_tokenizer(kind: str, vocab_size: int, corpus):
     path = datasets.CACHE / f"{corpus.key}-{vocab_size}-{bpe.UNICODE}-{code}.bpe"
     if path.exists():
         return bpe.Tokenizer.load(path)
-    every = math.ceil(corpus.train.n_bytes / SAMPLE)
+    every = max(1, math.ceil(corpus.train.n_bytes / SAMPLE))
     if every > 1:
         print_line(f"tokenizer  learns from one document in {every}, {SAMPLE / 1e6:.0f} MB in all")
     sample = itertools.islice(corpus.train, 0, None, every)

@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -329,6 +331,34 @@ def test_ids_equal_hf_tokenizers(tok, text):
     assert tok.encode(text) == tok.hf_oracle.encode(text).ids
 
 
+@pytest.mark.oracle
+def test_every_character_is_split_as_tokenizers_does_it_if_its_unicode_is_ours():
+    oracle = pytest.importorskip("tokenizers", reason=MISSING)
+    split = oracle.pre_tokenizers.Split(oracle.Regex(bpe.PATTERN), behavior="isolated")
+    newest = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) != "Cs"]
+    known = [c for c in newest if unicodedata.category(c) not in ("Cn", "Co")]
+    for characters in (known, newest) if is_of_our_unicode(oracle) else (known,):
+        text = "".join(f"a{c}b{c}1" for c in characters)
+        assert [word for word, _ in split.pre_tokenize_str(text)] == bpe.split_words(text)
+
+
+def is_of_our_unicode(tokenizers):
+    letters = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\p{L}"), behavior="removed")
+    left = letters.pre_tokenize_str("\U00011f04\u1c89\ua7ce\u208f")
+    return 18 - len("".join(part for part, _ in left)) == bpe.UNICODE
+
+
+def test_every_regex_within_the_bounds_has_the_letters_of_unicode_17():
+    """Newer ones split newer letters otherwise, and a checkpoint would have other ids elsewhere."""
+    project = Path(bpe.__file__).with_name("pyproject.toml").read_text(encoding="utf-8")
+    bounds = re.search(r'"regex>=([\d.]+),<([\d.]+)"', project).groups()
+    least, most, version = (
+        [int(part) for part in text.split(".")] for text in (*bounds, metadata.version("regex"))
+    )
+    assert (bpe.UNICODE == 17) == (least <= version < most)
+    assert Tokenizer([]).state()["unicode"] == bpe.UNICODE
+
+
 # ---------------------------------------------------------------- saving
 
 
@@ -405,7 +435,7 @@ def test_what_training_makes_is_never_refused():
 def test_file_is_split_at_lines_that_are_exactly_the_special_token(tmp_path, end):
     lines = ["one", f" {SPECIAL}", f"x{SPECIAL}", SPECIAL, "two", SPECIAL, SPECIAL, f"{SPECIAL}!"]
     (tmp_path / "f").write_bytes("".join(line + end for line in lines).encode())
-    whole = [f"one{end} {SPECIAL}{end}x{SPECIAL}{end}", f"two{end}", "", f"{SPECIAL}!{end}"]
+    whole = [f"one\n {SPECIAL}\nx{SPECIAL}\n", "two\n", "", f"{SPECIAL}!\n"]  # as in training
     assert list(bpe.read_documents(tmp_path / "f")) == whole
 
 
@@ -413,7 +443,7 @@ def test_file_is_split_at_lines_that_are_exactly_the_special_token(tmp_path, end
 def test_huge_document_is_streamed_without_changing_its_words(tmp_path, unit):
     text = unit * (2_500_000 // len(unit))
     (tmp_path / "f").write_bytes(text.encode())
-    pieces = list(bpe.read_documents(tmp_path / "f"))
+    pieces, text = list(bpe.read_documents(tmp_path / "f")), text.replace("\r\n", "\n")
     assert "".join(pieces) == text and bpe.count_words(pieces) == Counter(bpe.split_words(text))
     assert unit == "é" or max(map(len, pieces)) < 1_100_000  # one endless word cannot be cut
 

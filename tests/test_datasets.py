@@ -1,6 +1,8 @@
 """A name, a file or a folder becomes documents, and the two sides of the split stay apart."""
 
 import hashlib
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -80,12 +82,16 @@ def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path):
 def test_a_folder_is_read_to_its_bottom_in_a_stable_order(tmp_path):
     for name in ("z.txt", "sub/a.txt", "sub/deeper/b.txt"):
         write(tmp_path / "shelf" / name, f"text of {name}, " * 3)
-    write(tmp_path / "shelf" / "readme.rst", "not a text of ours")
+    write(tmp_path / "shelf" / "code.py", "print('text, too') # " * 3)
+    write(tmp_path / "shelf" / "picture.png", b"\x89PNG\r\n\x1a\n1234")
+    write(tmp_path / "shelf" / "table.bin", b"\0\1\2\3" * 9)
+    write(tmp_path / "shelf" / ".git" / "config", "hidden")
     write(tmp_path / "shelf" / "empty.txt", "")
     corpus = datasets.read("shelf")
     joined = "".join(everything(corpus))
     assert corpus.name == "shelf"
-    assert "readme" not in joined and "not a text" not in joined
+    assert "print('text, too')" in joined and "1234" not in joined and "hidden" not in joined
+    assert "left out: 1 .bin, 1 .png" in corpus.how
     order = ["sub/a.txt", "sub/deeper/b.txt", "z.txt"]
     assert [name for name in sorted(order, key=joined.find) if name in joined] == order
     assert everything(datasets.read(str(tmp_path / "shelf"))) == everything(corpus)
@@ -150,8 +156,8 @@ def test_in_a_folder_the_bad_file_is_named(tmp_path):
 def test_what_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nowhere.*no such file.*--data stories.*tinystories"):
         datasets.read("nowhere")
-    write(tmp_path / "shelf" / "a.rst", "text")
-    with pytest.raises(ValueError, match=r"shelf holds no \.txt"):
+    write(tmp_path / "shelf" / "a.png", b"\x89PNG")
+    with pytest.raises(ValueError, match="shelf holds no file of UTF-8 text"):
         datasets.read("shelf")
 
 
@@ -353,3 +359,17 @@ def test_the_second_reading_finds_the_first(small_stories, monkeypatch):
     monkeypatch.setattr(stories, "texts", None)  # drawing again would fail
     again = datasets.read("stories")
     assert everything(again) == everything(small_stories) and again.key == small_stories.key
+
+
+def test_another_text_of_the_same_name_size_and_time_is_another_text(tmp_path, monkeypatch):
+    """Restored backups and `cp -p` keep both; so do two folders."""
+    for folder, letter in (("A", "a"), ("B", "b")):
+        write(tmp_path / folder / "book.txt", f"{letter} text. " * 40)
+        os.utime(tmp_path / folder / "book.txt", ns=(10**18, 10**18))
+    found = []
+    for folder in ("A", "B"):
+        monkeypatch.chdir(tmp_path / folder)
+        found.append("".join(everything(datasets.read("book.txt"))))
+    shutil.copy2(tmp_path / "A" / "book.txt", "book.txt")
+    found.append("".join(everything(datasets.read("book.txt"))))
+    assert [text[0] for text in found] == ["a", "b", "a"]

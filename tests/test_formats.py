@@ -3,10 +3,13 @@
 The samples are made here, in the shape of the public sets: none of their text is in the repository.
 """
 
+import bz2
 import codecs
 import csv
+import gzip
 import io
 import json
+import lzma
 import zipfile
 from pathlib import Path
 
@@ -185,7 +188,8 @@ def test_a_csv_gives_a_document_a_row_and_says_from_which_column():
     ]
     found, notes = read(write_csv("own.csv", rows))
     assert [text for _, text in found] == ["first,\nof two lines", "x"]
-    assert len(notes) == 1 and "'text'" in notes[0] and "--text_column" in notes[0]
+    assert "'text'" in notes[0] and "--text_column" in notes[0]
+    assert notes[1:] == ["own.csv: 1 of 3 rows have no text in 'text' and are left out"]
     assert texts("own.csv", "title") == ["t", "u", "v"]
 
 
@@ -413,3 +417,89 @@ def test_a_set_is_found_in_its_folder_as_file_folder_or_zip(monkeypatch, tmp_pat
     assert set(datasets.read("bbc").sources) == set(formats.CATEGORIES)
     write_csv(write("sets/shakespeare/any.csv", ""), PLAYS)
     assert "".join(datasets.read("shakespeare").train).startswith(SCENES[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# Nothing about text is silent
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rows, found, missing",
+    [
+        ([{"id": "0", "text": None}, {"id": "1", "text": "a b"}], ["a b"], 1),  # none in the first
+        ([{"id": "0"}, {"id": "1", "text": "a b"}], ["a b"], 1),  # not even a key
+        ([{"text": "a b"}, {"content": "c d"}], ["a b"], 1),
+        ([{"id": "0", "text": ["a", "b"]}], ["a\nb"], 0),
+        ([{"id": "0", "data": {"text": "a b"}}], ["a b"], 0),
+        ([{"messages": [{"role": "user", "content": "a"}]}], ["user: a"], 0),
+        (["a b", "c\r\nd"], ["a b", "c\nd"], 0),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_the_text_of_a_row_is_found_wherever_it_is_and_rows_without_are_counted(
+    suffix, rows, found, missing
+):
+    lines = "\n".join(map(json.dumps, rows))
+    write(f"a.{suffix}", lines if suffix == "jsonl" else json.dumps({"version": 1, "data": rows}))
+    texts_found, notes = read(f"a.{suffix}")
+    assert [text for _, text in texts_found] == found
+    assert any("rows have no text" in note for note in notes) == bool(missing)
+
+
+@pytest.mark.parametrize(
+    "content, line",
+    [
+        ("text\none, two\n", 2),  # commas in a text that has no quotes
+        ("id,text\n1,a\n2,b,c\n", 3),
+        ("id,text\n1,a\n2\n", 3),
+        ('id,text\n1,a\n2,"open\n3,b\n', 4),  # a quote that never ends swallows the rest
+        ('text\n"open\nb\n', 3),
+    ],
+)
+def test_a_row_that_would_lose_text_is_named_with_its_line(content, line):
+    write("a.csv", content)
+    with pytest.raises(ValueError, match=f"a.csv, line {line}: .*rename it to .txt"):
+        read("a.csv")
+
+
+def test_a_csv_without_a_header_is_refused():
+    write(
+        "a.csv",
+        "A sentence as long as those of books with nothing in it that names a column\n" * 3,
+    )
+    with pytest.raises(ValueError, match="begins with text"):
+        read("a.csv")
+
+
+def test_counts_are_no_speakers():
+    """The header has a column whose name contains "character"."""
+    write("a.csv", "character_count,text\n3,abc\n4,abcd\n")
+    assert texts("a.csv") == ["abc", "abcd"]
+
+
+@pytest.mark.parametrize("suffix, pack", [("gz", gzip), ("bz2", bz2), ("xz", lzma)])
+def test_packed_files_are_read_as_what_they_hold(suffix, pack):
+    for name, content in {
+        "a.txt": "x\r\ny",
+        "a.jsonl": '{"text": "z"}',
+        "a.tsv": "text\tn\nw\t1",
+    }.items():
+        write(f"{name}.{suffix}", pack.compress(content.encode()))
+    found = [texts(f"{name}.{suffix}") for name in ("a.txt", "a.jsonl", "a.tsv")]
+    assert found == [["x\ny"], ["z"], ["w"]]
+
+
+@pytest.mark.parametrize(
+    "start, what",
+    [
+        (b"%PDF-1.4", "PDF"),
+        (b"PK\3\4", "Office"),
+        (b"PAR1", "Parquet"),
+        (b"\x28\xb5\x2f\xfd", "unzstd"),
+    ],
+)
+def test_what_is_no_text_is_called_what_it_is(start, what):
+    write("a.dat", start + bytes(range(256)))
+    with pytest.raises(ValueError, match=f"a.dat is .*{what}"):
+        read("a.dat")

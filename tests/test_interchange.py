@@ -218,7 +218,9 @@ def test_many_shards_of_any_number_format_are_read(kind, dtype):
     model, _ = load("folder")  # of fp16, which we don't compute with, fp32 is made
     wanted = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     assert model.embed.weight.dtype == wanted
-    assert_same_logits(load("folder", dtype=torch.float32)[0], twin.float())
+    assert_same_logits(
+        load("folder", dtype=torch.float32)[0], theirs("folder", dtype=torch.float32)
+    )
 
 
 @pytest.mark.oracle
@@ -687,6 +689,19 @@ def test_autotokenizer_and_tiktoken_give_our_ids_on_a_fuzzed_corpus(tok, auto):
     assert special == encoding.encode(text, allowed_special="all")
 
 
+def test_a_checkpoint_says_so_if_words_are_split_by_other_letters_here(run_folder, capsys):
+    checkpoint = read(run_folder / "run/best.pt")
+    for version, lines in ((bpe.UNICODE, 0), (None, 0), (bpe.UNICODE - 1, 1), (99, 1)):
+        state = {**checkpoint["tokenizer"], "unicode": version}
+        state = {key: value for key, value in state.items() if value is not None}
+        save("old.pt", {**checkpoint, "tokenizer": state})
+        capsys.readouterr()
+        _, tokenizer = load("old.pt")
+        assert tokenizer.state()["unicode"] == bpe.UNICODE
+        message = capsys.readouterr().err
+        assert message.count("\n") == lines and ("regex>=" in message) == bool(lines)
+
+
 def test_our_own_tokenizer_comes_back_as_ours_without_another_package(tok, monkeypatch, tmp_path):
     save_tokenizer(tok, tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
@@ -855,7 +870,7 @@ def test_bytes_sources_and_windows_are_right_whatever_stands_between_documents(m
     for token, last in zip(ids[1:], tokens.last_bytes(ids, tokenizer), strict=True):
         piece = tokenizer.decode([token])
         at += len(piece) - (make is sentencepiece and text[at : at + len(piece)] != piece)
-        assert last == at - 1
+        assert last == at - 1 or not piece  # the token before a text has no bytes
     assert at == len(text)
 
     model = random_model(config)
@@ -879,8 +894,16 @@ def ids_of(array, at, n):
 
 
 @pytest.mark.oracle
-@every_separator
-@pytest.mark.parametrize("data", ["two sources", "facts"])
+@pytest.mark.parametrize(
+    "make, data",
+    [
+        (byte_level, "two sources"),
+        (byte_level, "facts"),
+        (plain_byte_level, "two sources"),
+        (sentencepiece, "facts"),
+        (begins_with_its_end, "two sources"),
+    ],
+)
 def test_fine_tuning_a_foreign_folder_runs_and_resumes(make, data, two_sources, capsys):
     random_theirs(small_config(vocab_size=1000, seq_len=64)).save_pretrained("folder")
     save_foreign(make, "folder")
@@ -906,8 +929,9 @@ def test_a_long_document_is_encoded_whole_in_parts_of_any_size(make, monkeypatch
     monkeypatch.setattr(formats, "PIECE", 300)
     Path("long.txt").write_text(texts[30] * 9, newline="\n")
     corpus = datasets.read("long.txt")
-    assert len(list(corpus.train)) > len(corpus.train) == 1
+    assert len(list(corpus.train)) > 30
     for name, side in (("train", corpus.train), ("val", corpus.val)):
+        assert len(side) == 1
         ids = tokens.encode(side, tokenizer, tmp_path / f"{name}.ids")
         separator = [tokenizer.eot] * (tokens.first_id(tokenizer) == tokenizer.eot)
         assert ids.tolist() == [*separator, *tokenizer.encode_array(["".join(side)])]

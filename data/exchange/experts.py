@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import bpe
+from data import formats
 from data.run.files import write_text
 
 # --- 1. Which experts a text goes to --------------------------------------------------------------
@@ -56,8 +57,8 @@ def read_ids(path: str, tokenizer, most: int = 100_000) -> list[int]:
     if not Path(path).is_file():
         raise ValueError(f"--text {path}: no such file; name a UTF-8 text file")
     ids, before = [], tokenizer.start or [tokenizer.eot]
-    for document in bpe.read_documents(path):
-        ids += [*before, *tokenizer.encode(document.strip("\n\ufeff"))]
+    for _, text, _ in formats.documents(formats.find(Path(path))):
+        ids += [*before, *tokenizer.encode(text)]
         if len(ids) > most:
             print(f"[{path}: the first {most:,} tokens]", file=sys.stderr)
             break

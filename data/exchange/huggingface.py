@@ -106,7 +106,7 @@ def to_hf_config(c: Config, dense: list[int]) -> dict:
 
 
 def one_spelling(rope: dict | None) -> dict:
-    """rope_parameters or rope_scaling, of whatever version: without what says nothing."""
+    """rope_parameters or rope_scaling of any version, without what changes nothing."""
     nothing = (("factor", 1), ("partial_rotary_factor", 1))
     rope = {k: v for k, v in (rope or {}).items() if v is not None and (k, v) not in nothing}
     kinds = {rope.pop(key) for key in ("rope_type", "type") if key in rope}  # once it was `type`
@@ -128,7 +128,7 @@ def from_hf_config(theirs: dict) -> tuple[Config, list[int]]:
         theirs["num_key_value_heads"] = theirs["num_attention_heads"]
     if model_type == "qwen3_moe" and "num_experts" not in theirs:  # transformers 5
         theirs["num_experts"] = theirs["num_local_experts"]
-    theta = theirs.get("rope_theta", 1e6 if model_type == "mixtral" else 1e4)
+    theta = theirs.get("rope_theta") or (1e6 if model_type == "mixtral" else 1e4)
     new, old = (one_spelling(theirs.get(key)) for key in ("rope_parameters", "rope_scaling"))
     rope = {"rope_theta": theta, **(new if theirs.get("rope_parameters") else old)}
     theirs["rope_scaling"] = None if old == one_spelling(None) else old

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lamoe
 from data.exchange.huggingface import FAMILIES, dense_layers, family_of, from_hf_config, hf_tensors
-from data.foreign import GENERATION, load_tokenizer
+from data.foreign import load_tokenizer
 from data.run import checkpoint
 
 
@@ -50,8 +50,6 @@ def load_folder(folder: Path, device: str, dtype: torch.dtype | None):
         model = reserve(c, dense, files, device, dtype)
         for name, weight in hf_tensors(model, files).items():
             weight.copy_(files[name].get_tensor(name))
-        if (folder / GENERATION).exists():  # there may be several ends, of turns and of texts
-            theirs |= read_json(folder / GENERATION)
     except KeyError as error:
         raise ValueError(f"{folder} can't be read: it lacks {error}") from error
     except Exception as error:  # those of safetensors and torch have no common class

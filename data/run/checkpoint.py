@@ -100,9 +100,9 @@ def build(checkpoint: dict, path):
     try:
         tokenizer = None if state is None else tokenizer_from_state(state)
         if tokenizer and (made := state.get("unicode", bpe.UNICODE)) != bpe.UNICODE:
-            here = f"{bpe.UNICODE} here: new ones get other ids; 16 has pip install 'regex<2025.10'"
             print(
-                f"{path}: its tokenizer knows the letters of Unicode {made}, {here}",
+                f"{path}: its tokenizer has the letters of Unicode {made}, here are those of "
+                f"{bpe.UNICODE}: new ones get other ids; regex>=2025.10.22,<2026.9.29 has 17",
                 file=sys.stderr,
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
