@@ -148,7 +148,7 @@ class ForeignTokenizer:
 def tokenizer_from_state(state):
     """Returns the tokenizer, ours or a foreign one, whose `state` this is."""
     if isinstance(state, dict) and "tokenizer.json" in state:
-        files = {name: state[name] for name in (*FILES, *KEPT) if name in state}
+        files = {name: state[name] for name in (*FILES, *KEPT) if type(state.get(name)) is str}
         return ForeignTokenizer(files, state["vocab_size"], state.get("stops", state["eot"]))
     return Tokenizer.from_state(state)
 

@@ -101,7 +101,7 @@ def build(checkpoint: dict, path):
         tokenizer = None if state is None else tokenizer_from_state(state)
         if tokenizer and (made := state.get("unicode", bpe.UNICODE)) != bpe.UNICODE:
             print(
-                f"{path}: its tokenizer has the letters of Unicode {made}, here are those of "
+                f"{path}: its tokenizer has the letters of Unicode {made!r:.9}, here are those of "
                 f"{bpe.UNICODE}: new ones get other ids; regex>=2025.10.22,<2026.9.29 has 17",
                 file=sys.stderr,
             )

@@ -1,0 +1,137 @@
+"""A model as one GGUF file, which llama.cpp runs, and with it Ollama and LM Studio.
+
+    python data/exchange/export.py runs/stories/best.pt model.gguf --dtype q8_0
+
+The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. Two of its architectures compute what
+lamoe.py does: `qwen3` and `qwen3moe` with qk_norm, `llama` without, dense or sparse.
+"""
+
+import os
+
+import torch
+
+from bpe import Tokenizer
+from data.exchange.huggingface import dense_layers, family_of
+from data.foreign import VISIBLE, tokenizer_json
+from data.run.files import replacing
+from lamoe import Config, LaMoE, SwiGLU, rope_table
+
+ARCHITECTURES = {"llama": "llama", "mixtral": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
+NORMAL, CONTROL = 1, 3  # types of tokens
+FORMATS = {"fp32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}  # ours -> theirs
+
+
+def write_gguf(model: LaMoE, tokenizer, path: str | os.PathLike, dtype: str = "fp32") -> None:
+    """Writes a new file. dtype: of the matrices, a key of FORMATS; norms and routers stay in fp32.
+
+    ValueError if llama.cpp has no architecture or tokenizer that is this one.
+    """
+    if os.path.exists(path):
+        raise ValueError(f"{path} is there already; name a new file")
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError("a GGUF file needs: pip install gguf") from None
+    architecture = architecture_of(model, tokenizer)
+    with replacing(path) as file:
+        writer = gguf.GGUFWriter(file.name, architecture)
+        for key, value in settings_of(model.config, architecture).items():
+            add = writer.add_float32 if type(value) is float else writer.add_uint32
+            add(f"{architecture}.{key}", value)
+        add_tokenizer(writer, tokenizer)
+        for name, weight in named_tensors(model, architecture):
+            array = weight.detach().float().cpu().numpy()
+            is_matrix = array.ndim > 1 and "gate_inp" not in name and array.shape[-1] % 32 == 0
+            kind = gguf.GGMLQuantizationType[FORMATS[dtype] if is_matrix else "F32"]
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(array, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def architecture_of(model: LaMoE, tokenizer) -> str:
+    """llama.cpp's name for what the model computes; ValueError with the reason if it has none."""
+    c, dense = model.config, dense_layers(model)
+    family, reason = family_of(c, dense), ""
+    if not isinstance(tokenizer, Tokenizer):
+        reason = "the tokenizer is not bpe.py's; export a folder, and convert that with llama.cpp"
+    elif family == "qwen3_moe" and dense:
+        reason = "qwen3moe has no dense layers; train with --n_dense_layers 0"
+    elif c.qk_norm and c.rope_factor != 1:
+        reason = "qwen3 has no rope_factor; train with --no-qk_norm or --rope_factor 1"
+    if reason:
+        raise ValueError(f"no GGUF file can hold this model: {reason}")
+    return ARCHITECTURES[family]
+
+
+def settings_of(c: Config, architecture: str) -> dict:
+    settings = {
+        "context_length": c.seq_len,
+        "embedding_length": c.dim,
+        "block_count": c.n_layers,
+        "feed_forward_length": c.hidden_dim,
+        "attention.head_count": c.n_heads,
+        "attention.head_count_kv": c.n_kv_heads,
+        "attention.key_length": c.head_size,
+        "attention.value_length": c.head_size,
+        "attention.layer_norm_rms_epsilon": float(c.norm_eps),
+        "rope.dimension_count": c.head_size,
+        "rope.freq_base": float(c.rope_theta),
+    }
+    if c.n_experts > 1:
+        settings |= {"expert_count": c.n_experts, "expert_used_count": c.top_k}
+        settings["expert_feed_forward_length"] = c.hidden_dim
+    return settings
+
+
+def add_tokenizer(writer, tokenizer: Tokenizer) -> None:
+    """Bytes in GPT-2's letters, and the merges. "dbrx" is llama.cpp's name for bpe.py's pattern."""
+    content = tokenizer_json(tokenizer)
+    names = [*content["model"]["vocab"], content["added_tokens"][0]["content"]]
+    no_merge = [f"{VISIBLE[255]} {VISIBLE[255]}"]  # it wants one; no text has this byte
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("dbrx")
+    writer.add_token_list(names)
+    writer.add_token_types([NORMAL] * tokenizer.eot + [CONTROL])
+    writer.add_token_merges(content["model"]["merges"] or no_merge)
+    writer.add_bos_token_id(tokenizer.eot)
+    writer.add_eos_token_id(tokenizer.eot)
+    writer.add_add_bos_token(True)  # as here before each prompt
+
+
+def named_tensors(model: LaMoE, architecture: str):
+    """Yields their name of each tensor, without .weight, and the tensor."""
+    c = model.config
+    yield "token_embd", model.embed.weight
+    yield "output_norm", model.norm.weight
+    if not c.tie_embeddings:
+        yield "output", model.head.weight
+    if c.rope_factor != 1:  # by what each pair of a head turns more slowly
+        (plain, slow) = (
+            torch.atan2(*(table[1, : c.head_size // 2] for table in rope_table(*args)[::-1]))
+            for args in (
+                (c.head_size, 2, c.rope_theta),
+                (c.head_size, 2, c.rope_theta, c.rope_factor),
+            )
+        )
+        yield "rope_freqs", plain / slow
+    for i, block in enumerate(model.blocks):
+        attn, ffn = block.attn, block.ffn
+        names = {"attn_norm": block.attn_norm, "ffn_norm": block.ffn_norm, "attn_v": attn.v_proj}
+        names |= {"attn_output": attn.o_proj, "attn_q": attn.q_proj, "attn_k": attn.k_proj}
+        if c.qk_norm:
+            names |= {"attn_q_norm": attn.q_norm, "attn_k_norm": attn.k_norm}
+        weights = {name: module.weight for name, module in names.items()}
+        if architecture == "llama":  # its RoPE turns neighbours, where ours turns halves
+            for name, n_heads in (("attn_q", c.n_heads), ("attn_k", c.n_kv_heads)):
+                halves = weights[name].view(n_heads, 2, -1, c.dim)
+                weights[name] = halves.transpose(1, 2).reshape(-1, c.dim)
+        if isinstance(ffn, SwiGLU):
+            end, gate_up, down = "", ffn.gate_up_proj.weight, ffn.down_proj.weight
+        else:
+            end, gate_up, down = "_exps", ffn.experts.gate_up_proj, ffn.experts.down_proj
+            weights["ffn_gate_inp"] = ffn.router.weight
+        gate, up = gate_up.chunk(2, dim=-2)
+        weights |= {f"ffn_gate{end}": gate, f"ffn_up{end}": up, f"ffn_down{end}": down}
+        yield from ((f"blk.{i}.{name}", weight) for name, weight in weights.items())
