@@ -1,8 +1,9 @@
-"""Writes a model and its tokenizer as a folder that transformers opens.
+"""Writes a model and its tokenizer as a folder that transformers opens, or a file for llama.cpp.
 
     python data/exchange/export.py runs/stories/best.pt FOLDER
+    python data/exchange/export.py runs/stories/best.pt model.gguf --dtype q8_0
 
-A model that no class of transformers computes is refused with the reason.
+A model that the other side doesn't compute is refused with the reason.
 """
 
 import json
@@ -11,11 +12,13 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 if __package__ in (None, ""):  # run as a script: let it find lamoe and data, not its neighbours
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from data.exchange.gguf_file import FORMATS, write_gguf
 from data.exchange.huggingface import FAMILIES, dense_layers, family_of, hf_tensors, to_hf_config
 from data.exchange.load import import_safetensors, load
 from data.foreign import tokenizer_files
@@ -23,13 +26,16 @@ from data.run.files import flush_folder
 from data.run.flags import OneLineParser, one_line_errors
 
 
-def export(model, tokenizer, out: str | os.PathLike, shard_bytes: int = 5 * 10**9) -> None:
+def export(model, tokenizer, out: str | os.PathLike, shard_bytes=5 * 10**9, dtype="fp32") -> None:
     """Writes a folder that transformers opens: config, weights, and the tokenizer if not None.
 
     The folder is new or empty, and appears complete: it is written under another name first.
-    ValueError if no family of transformers computes what this model does.
+    ValueError if no family of transformers computes what this model does. An `out` that ends in
+    .gguf is a file for llama.cpp instead, with its numbers in dtype: see gguf_file.py.
     """
     folder, c = Path(out), model.config
+    if folder.suffix == ".gguf":
+        return write_gguf(model, tokenizer, folder, dtype)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is there already; name a new folder")
     if tokenizer and tokenizer.vocab_size != c.vocab_size:
@@ -103,14 +109,21 @@ def shard(tensors: dict[str, Tensor], limit: int) -> dict[str, dict[str, Tensor]
 
 
 def main() -> None:
-    description = "Write a model as a Hugging Face folder."
+    description = "Write a model as a Hugging Face folder, or as a file for llama.cpp."
     parser = OneLineParser("data/exchange/export.py", description=description)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="such as runs/stories/best.pt")
-    parser.add_argument("folder", metavar="FOLDER", help="a new folder")
+    parser.add_argument("folder", metavar="FOLDER", help="a new folder, or a new file NAME.gguf")
+    parser.add_argument("--dtype", choices=[*FORMATS], default="fp32", help="of the weights")
     args = parser.parse_args()
+    is_gguf = args.folder.endswith(".gguf")
+    if args.dtype == "q8_0" and not is_gguf:
+        parser.error("--dtype q8_0 is for a file, NAME.gguf; a folder has fp32 or bf16")
     with one_line_errors():
-        model, tokenizer = load(args.checkpoint)
-        export(model, tokenizer, args.folder)
+        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+        model, tokenizer = load(args.checkpoint, dtype=dtype)
+        export(model, tokenizer, args.folder, dtype=args.dtype)
+    if is_gguf:
+        return print(f"{args.folder}: llama.cpp, Ollama and LM Studio open it")
     architecture = FAMILIES[family_of(model.config, dense_layers(model))].architecture
     print(f"{args.folder}: a {architecture}; transformers opens it, and so does sample.py --model")
 

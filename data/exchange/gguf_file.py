@@ -2,8 +2,8 @@
 
     python data/exchange/export.py runs/stories/best.pt model.gguf --dtype q8_0
 
-The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. Two of its architectures compute what
-lamoe.py does: `qwen3` and `qwen3moe` with qk_norm, `llama` without, dense or sparse.
+Its architectures `qwen3` and `qwen3moe` compute what lamoe.py does with qk_norm, `llama`, dense or
+sparse, what it does without. The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import os
@@ -18,13 +18,12 @@ from lamoe import Config, LaMoE, SwiGLU, rope_table
 
 ARCHITECTURES = {"llama": "llama", "mixtral": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 NORMAL, CONTROL = 1, 3  # types of tokens
-FORMATS = {"fp32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}  # ours -> theirs
+FORMATS = {"fp32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}  # of numbers: ours -> theirs
 
 
 def write_gguf(model: LaMoE, tokenizer, path: str | os.PathLike, dtype: str = "fp32") -> None:
-    """Writes a new file. dtype: of the matrices, a key of FORMATS; norms and routers stay in fp32.
-
-    ValueError if llama.cpp has no architecture or tokenizer that is this one.
+    """Writes a new file. dtype: of the matrices, a key of FORMATS; the rest is fp32, and what isn't
+    made of blocks of 32. ValueError if llama.cpp can't compute this model.
     """
     if os.path.exists(path):
         raise ValueError(f"{path} is there already; name a new file")
@@ -73,12 +72,11 @@ def settings_of(c: Config, architecture: str) -> dict:
         "feed_forward_length": c.hidden_dim,
         "attention.head_count": c.n_heads,
         "attention.head_count_kv": c.n_kv_heads,
-        "attention.key_length": c.head_size,
-        "attention.value_length": c.head_size,
         "attention.layer_norm_rms_epsilon": float(c.norm_eps),
-        "rope.dimension_count": c.head_size,
         "rope.freq_base": float(c.rope_theta),
     }
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        settings[key] = c.head_size
     if c.n_experts > 1:
         settings |= {"expert_count": c.n_experts, "expert_used_count": c.top_k}
         settings["expert_feed_forward_length"] = c.hidden_dim
@@ -107,14 +105,9 @@ def named_tensors(model: LaMoE, architecture: str):
     yield "output_norm", model.norm.weight
     if not c.tie_embeddings:
         yield "output", model.head.weight
-    if c.rope_factor != 1:  # by what each pair of a head turns more slowly
-        (plain, slow) = (
-            torch.atan2(*(table[1, : c.head_size // 2] for table in rope_table(*args)[::-1]))
-            for args in (
-                (c.head_size, 2, c.rope_theta),
-                (c.head_size, 2, c.rope_theta, c.rope_factor),
-            )
-        )
+    if c.rope_factor != 1:  # by how much each pair of a head turns more slowly
+        tables = (rope_table(c.head_size, 2, c.rope_theta, f) for f in (1.0, c.rope_factor))
+        plain, slow = (torch.atan2(sin, cos)[1, : c.head_size // 2] for cos, sin in tables)
         yield "rope_freqs", plain / slow
     for i, block in enumerate(model.blocks):
         attn, ffn = block.attn, block.ffn

@@ -147,6 +147,8 @@ def set_rates(optimizers, share: float) -> None:
 def recorded(take_step, run):
     """take_step as a CUDA graph, if it runs on one GPU, compiled; else itself."""
     works = run.is_compiled and run.settings.device == "cuda" and ranks.WORLD == 1
+    if works and run.model.sparse_layers:  # before Hopper a grouped product asks for its rows
+        works = torch.cuda.get_device_capability() >= (9, 0)
     for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
         group["lr"] = torch.tensor(float(group["lr"]), device="cuda") if works else 0.0
         if "capturable" in group:  # AdamW wants to be told
