@@ -113,15 +113,15 @@ def main() -> None:
     parser = OneLineParser("data/exchange/export.py", description=description)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="such as runs/stories/best.pt")
     parser.add_argument("folder", metavar="FOLDER", help="a new folder, or a new file NAME.gguf")
-    parser.add_argument("--dtype", choices=[*FORMATS], default="fp32", help="of the weights")
+    parser.add_argument("--dtype", choices=[*FORMATS], help="of the weights")
     args = parser.parse_args()
     is_gguf = args.folder.endswith(".gguf")
     if args.dtype == "q8_0" and not is_gguf:
         parser.error("--dtype q8_0 is for a file, NAME.gguf; a folder has fp32 or bf16")
     with one_line_errors():
-        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.dtype)  # None: as it is
         model, tokenizer = load(args.checkpoint, dtype=dtype)
-        export(model, tokenizer, args.folder, dtype=args.dtype)
+        export(model, tokenizer, args.folder, dtype=args.dtype or "fp32")
     if is_gguf:
         return print(f"{args.folder}: llama.cpp, Ollama and LM Studio open it")
     architecture = FAMILIES[family_of(model.config, dense_layers(model))].architecture
