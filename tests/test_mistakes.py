@@ -102,7 +102,6 @@ TABLE = {
     f"{BOOK} --lr -1": ["lr=-1", "must be"],
     f"{BOOK} --lr nan": ["lr=nan", "must be"],
     f"{BOOK} --muon_lr -1": ["muon_lr=-1", "must be"],
-    f"{BOOK} --fsdp --muon_ffn": ["shards the experts", "--no-muon_ffn"],
     f"{BOOK} --weight_decay -1": ["weight_decay=-1", "must be"],
     f"{BOOK} --warmup 2": ["warmup=2", "must be"],
     f"{BOOK} --warmup -1": ["warmup=-1", "must be"],

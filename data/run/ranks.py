@@ -74,13 +74,19 @@ def sum_over_ranks(x: np.ndarray, device) -> np.ndarray:
 def is_sharded(name: str) -> bool:
     """Whether FSDP shards this parameter: experts and embeddings, nearly all of the weights.
 
-    Every rank has the rest: attention, for Muon needs full matrices; the router, for it is in fp32.
+    A stack is cut between experts, so that Muon finds whole matrices in each shard. Every rank has
+    the rest: attention and dense layers, for the same reason; the router, for it is in fp32.
     """
-    return any(part in name for part in (".ffn.", "embed.", "head.")) and ".router." not in name
+    return any(part in name for part in (".ffn.experts.", "embed.", "head."))
 
 
 def is_shard(x) -> bool:
     return hasattr(x, "full_tensor")
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    """The part of x that is here: all of it, unless it is sharded."""
+    return x.to_local() if is_shard(x) else x
 
 
 def parallelize(model, settings):
