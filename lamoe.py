@@ -334,6 +334,12 @@ class Gather(torch.autograd.Function):
         return Gather.gather(grad, *ctx.saved_tensors), None, None
 
 
+def run_grouped(x_PD: Tensor, weight_P1: Tensor, gate_up: Tensor, down: Tensor, ends_E) -> Tensor:
+    """run_expert for all experts at once; data/kernels.py has it with a faster backward."""
+    h_PF = swiglu(nn.functional.grouped_mm(x_PD, gate_up.mT, offs=ends_E)) * weight_P1
+    return nn.functional.grouped_mm(h_PF, down.mT, offs=ends_E)
+
+
 def sorted_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Tensor) -> Tensor:
     """plain_moe by sorting.
 
@@ -354,9 +360,8 @@ def sorted_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: T
     # The weights go out in the same order: each is a token of its own, with a single copy.
     weight_P1 = weights_NA.to(x_ND.dtype).view(-1, 1)
     weight_P1 = Gather.apply(weight_P1, order_P[:, None], slot_P[:, None])
-    gate_up, down = (p.to(x_ND.dtype).mT for p in experts.parameters())
-    h_PF = swiglu(nn.functional.grouped_mm(x_PD, gate_up, offs=ends_E)) * weight_P1
-    return Gather.apply(nn.functional.grouped_mm(h_PF, down, offs=ends_E), slot_NA, token_P1)
+    gate_up, down = (p.to(x_ND.dtype) for p in experts.parameters())
+    return Gather.apply(run_grouped(x_PD, weight_P1, gate_up, down, ends_E), slot_NA, token_P1)
 
 
 # --- 5. Routers: which experts a token goes to, and how much each counts --------------------------

@@ -1,7 +1,7 @@
 """How fast LaMoE is on this machine, as ratios to what the machine and other code can do.
 
     python tests/bench.py                      all tables; minutes on one GPU
-    python tests/bench.py train layer          some of: train, routers, layer, generate, peers
+    python tests/bench.py train layer          some of: train, equal, routers, layer, ...
     torchrun --nproc_per_node N tests/bench.py scaling largest
     python tests/bench.py --smallest           seconds: whether it runs, not how fast
 
@@ -12,18 +12,20 @@ peak. Not collected by pytest.
 """
 
 import argparse
+import dataclasses
 import gc
 import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import lamoe
 import train
-from data.run import ranks
+from data.run import machine, ranks
 from data.run.log import Meter
 from data.run.machine import autocast, compile_blocks
 
@@ -103,31 +105,36 @@ def ceilings() -> tuple[float, float]:
 def make(device=DEVICE, **changes) -> lamoe.LaMoE:
     torch.manual_seed(0)
     with torch.device(device):
-        return lamoe.LaMoE(lamoe.Config(**{**SHAPE, **changes}))
+        return lamoe.LaMoE(lamoe.Config(**{**SHAPE, **changes})).to(device)
 
 
-def stepper(model, parallel, batch: int):
+def stepper(model, parallel, batch: int, settings=SETTINGS):
     """A function that does one training step, as the loop of train.py does, on random tokens."""
-    optimizers, meter, c = train.make_optimizers(model, SETTINGS), Meter(model), model.config
+    optimizers, meter, c = train.make_optimizers(model, settings), Meter(model), model.config
     ids_BT = torch.randint(c.vocab_size, (batch, c.seq_len + 1), device=DEVICE)
 
-    def step():
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = train.schedule(100, SETTINGS) * group["highest_lr"]
+    def take_step(micro_batch):
+        inputs, targets = micro_batch
         with ranks.averaging(parallel, on=True):
-            with autocast(SETTINGS):
-                out = parallel(ids_BT[:, :-1], ids_BT[:, 1:], return_logits=False)
+            with machine.autocast(settings):
+                out = parallel(inputs, targets, return_logits=False)
             (out.loss + out.aux).backward()
         meter.add(out)
         load_LE = out.load
         del out
         ranks.average_unsharded(parallel)
-        meter.add_norm(ranks.clip_gradients(parallel.parameters(), SETTINGS.clip))
+        meter.add_norm(ranks.clip_gradients(parallel.parameters(), settings.clip))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         model.update_bias(load_LE)
+
+    run = SimpleNamespace(settings=settings, optimizers=optimizers, model=model, is_compiled=GPU)
+    taken = machine.recorded(take_step, run)
+
+    def step():
+        machine.set_rates(optimizers, train.schedule(100, settings))
+        taken((ids_BT[:, :-1], ids_BT[:, 1:]))
 
     return step
 
@@ -155,6 +162,48 @@ def bench_train(peak: float, batch: int = BATCH) -> None:
             flush=True,
         )
         del model, step
+
+
+# The active feed-forward width of a dense model of 1,536 hidden units, in experts.
+EQUAL = {
+    "dense": {"n_experts": 1, "hidden_dim": 1536},
+    "8 of 768, top 2": {"n_experts": 8, "top_k": 2, "hidden_dim": 768},
+    "16 of 384, top 3 + 1": {"n_experts": 16, "top_k": 3, "hidden_dim": 384, "n_shared_experts": 1},
+    "16 of 512, top 2 + 1": {"n_experts": 16, "top_k": 2, "hidden_dim": 512, "n_shared_experts": 1},
+    "32 of 512, top 2 + 1": {"n_experts": 32, "top_k": 2, "hidden_dim": 512, "n_shared_experts": 1},
+    "32 of 384, top 3 + 1": {"n_experts": 32, "top_k": 3, "hidden_dim": 384, "n_shared_experts": 1},
+    "64 of 192, top 7 + 1": {"n_experts": 64, "top_k": 7, "hidden_dim": 192, "n_shared_experts": 1},
+}
+MIDDLE = {"vocab_size": 8192, "dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8}
+MIDDLE |= {"seq_len": 512, "qk_norm": True}
+
+
+def bench_equal() -> None:
+    """The step of each model over that of the dense one: rounds of both take turns."""
+    shape = {**MIDDLE, **SHAPE} if SMALLEST or not GPU else MIDDLE
+    settings = dataclasses.replace(SETTINGS, muon_ffn=True)
+    for batch in (256, 64) if GPU else (BATCH,):
+        print(f"\nTraining, dim {shape['dim']}, {batch} x {shape['seq_len']} tokens a step")
+        print("model                   ms    dense's  of dense      tokens/s   memory", flush=True)
+        dense = None
+        for name, changes in EQUAL.items():
+            clean()
+            model = make(**shape, **changes)
+            if GPU:
+                compile_blocks(model)
+            step = stepper(model, model, batch, settings)
+            dense = dense or step
+            for _ in range(5):
+                step()
+            rounds = [(seconds(dense, 1), seconds(step, 1)) for _ in range(ROUNDS)]
+            slow, ours = (sorted(times)[len(times) // 2] for times in zip(*rounds, strict=True))
+            ratio = sorted(a / b for a, b in rounds)[len(rounds) // 2]
+            print(
+                f"{name:20} {ours * 1e3:7.2f} {slow * 1e3:9.2f} {ratio:9.3f} "
+                f"{batch * shape['seq_len'] / ours:13,.0f} {peak_memory():>10}",
+                flush=True,
+            )
+            del model, step
 
 
 def bench_routers(batch: int = BATCH) -> None:
@@ -422,7 +471,7 @@ def scaled(name: str, fsdp: bool, size: int) -> tuple[float, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    tables = ["train", "routers", "layer", "generate", "peers"]
+    tables = ["train", "equal", "routers", "layer", "generate", "peers"]
     several_gpus = ["scaling", "largest"]
     parser.add_argument("tables", nargs="*", help=", ".join([*tables, *several_gpus]))
     parser.add_argument("--smallest", action="store_true", help="to see whether it runs")
@@ -437,6 +486,8 @@ def main() -> None:
     print(f"matrix product {peak / 1e12:.2f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s", flush=True)
     if "train" in wanted:
         bench_train(peak)
+    if "equal" in wanted:
+        bench_equal()
     if "routers" in wanted:
         bench_routers()
     if "layer" in wanted:

@@ -18,6 +18,7 @@ from tiny_run import call
 
 import lamoe
 import train
+from data import kernels
 from data.run.machine import compile_blocks
 
 ROUTERS = sorted(lamoe.ROUTERS)
@@ -151,3 +152,13 @@ def test_a_recorded_training_step_does_what_the_step_does(router, tmp_path):
     assert losses[0] == losses[1]
     noisy = router in ("noisy", "switch")  # whose noise a compiled kernel draws in another order
     assert losses[0][:8] == pytest.approx(losses[2][:8], rel=0.05 if noisy else 0.01)
+
+
+@pytest.mark.skipif(not kernels.can_run, reason="needs an NVIDIA card")
+@pytest.mark.parametrize("P, F", [(1000, 384), (77, 192), (8, 520)])
+def test_the_kernel_of_swiglus_backward_equals_the_plain_one(P, F):
+    args = [torch.randn(P, F), torch.randn(P, 2 * F), torch.rand(P, 1)]
+    args = [x.cuda().bfloat16() for x in args]
+    exact = kernels.swiglu_grad(*(x.double() for x in args))
+    for ours, theirs in zip(kernels.swiglu_grad_on_gpu(*args), exact, strict=True):
+        assert (ours.double() - theirs).norm() < 3e-3 * theirs.norm()

@@ -20,6 +20,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import lamoe
+from data import kernels
 
 # ---------------------------------------------------------------------------------------------
 # Dispatch
@@ -408,3 +409,15 @@ def test_aux_is_the_weighted_sum_over_layers(balance_weight, z_weight):
         counts = torch.bincount(experts_BTA.flatten(), minlength=c.n_experts)
         assert torch.allclose(load_E, counts / counts.sum())
     assert model.eval()(random_ids(c, 2, 9)).aux == 0
+
+
+def test_experts_with_a_backward_written_out_equal_autograds():
+    torch.manual_seed(0)
+    shapes = (40, 16), (40, 1), (3, 16, 16), (3, 16, 8)
+    leaves = [torch.randn(shape).requires_grad_() for shape in shapes]
+    ends_E, dy = torch.tensor([8, 8, 40], dtype=torch.int32), torch.randn(40, 16)
+    ours, plain = kernels.GroupedExperts.apply(*leaves, ends_E), lamoe.run_grouped(*leaves, ends_E)
+    torch.testing.assert_close(ours, plain)
+    grads = (torch.autograd.grad(y, leaves, dy) for y in (ours, plain))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
