@@ -22,6 +22,7 @@ from data.exchange import experts, load  # isort: skip (before torch: see data/_
 import torch
 
 from data.run.flags import OneLineParser, first_line, number, one_line_errors, pick_device
+from data.run.routers import router_name
 
 # --- 1. Flags -------------------------------------------------------------------------------------
 
@@ -43,6 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue; without it, a conversation")
     add("--model", metavar="PATH", help="a checkpoint, or a Hugging Face folder; default: newest")
+    add("--router", metavar="FILE.py", type=router_name, help="the model's router, if your own")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on a GPU")
     add("--max_new_tokens", type=count, default=200)
     add("--temperature", type=number(float, lambda t: t >= 0, "0 or more"), default=0.8)

@@ -10,6 +10,7 @@ import math
 import lamoe
 from data.run import machine
 from data.run.flags import OneLineParser, add_flags, pick_device
+from data.run.routers import router_name
 
 LAPTOP = {"qk_norm": True}
 GPU = {**LAPTOP, "steps": 1200, "batch_size": 64, "compile": True, "draw_mb": 64}
@@ -53,7 +54,8 @@ def parse(description: str, train_config, arguments: list[str] | None = None) ->
     parser.add_argument("--plot", nargs="+", metavar="RUN", help=plot)
     by_text = {name: "by the size of the text" for _, settings in TEXTS for name in settings}
     for cls in (train_config, lamoe.Config):
-        add_flags(parser, cls, LAPTOP | by_text, {"router": sorted(lamoe.ROUTERS)})
+        routers = {"router": [*sorted(lamoe.ROUTERS), "FILE.py with one of your own"]}
+        add_flags(parser, cls, LAPTOP | by_text, routers, {"router": router_name})
     flags = vars(parser.parse_args(arguments))
     by_preset = [name for name in ("steps", "draw_mb") if flags.get(name) == 0]
     return {name: value for name, value in flags.items() if name not in by_preset}

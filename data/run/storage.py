@@ -15,6 +15,7 @@ from data.run.files import first_free, lock_folder, make_folder, remove_leftover
 from data.run.flags import first_line
 from data.run.log import print_line
 from data.run.presets import PLACES
+from data.run.routers import UnknownRouter
 
 RUN_FILES = ("last.pt", "best.pt", "log.csv", "load.csv")
 NOTHING_DONE = {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
@@ -141,6 +142,8 @@ def read_run(folder, train_config) -> dict | None:
             raise ValueError(f"{path} is from another version of train.py")
         train_config(**saved["train_config"])
         return {**saved, "tokenizer": tokenizer}
+    except UnknownRouter:
+        raise
     except (ValueError, TypeError) as error:
         print_line(f"resume     {error}")
         return None
