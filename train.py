@@ -402,7 +402,7 @@ def set_up(flags: dict, resuming: bool) -> Run:
     torch.manual_seed(settings.seed)
     model = lamoe.LaMoE(dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size))
     if saved or init:
-        model.load_state_dict(saved["model"] if saved else init.state_dict())
+        model.load_state_dict(saved["model"] if saved else exchange.weights_from(init, model))
     parallel = ranks.parallelize(model, settings)
     optimizers, done = make_optimizers(model, settings), dict(storage.NOTHING_DONE)
     parts = model, parallel, optimizers, Meter(model), tracker
