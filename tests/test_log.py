@@ -88,6 +88,24 @@ def test_a_source_without_validation_text_has_no_column():
     assert log.columns_of_score(score, data) == columns
 
 
+def test_facts_mixed_with_a_book_are_scored_apart_beside_their_floor(capsys):
+    flags = ["--steps 2 --draw_mb 1"]
+    assert start("run", *flags, data="facts,text.txt") == 0
+    shown = r"by source  facts \d\.\d{4} \(floor \d\.\d{4}\)  text \d\.\d{4}"
+    assert re.search(shown, capsys.readouterr().out)
+    last = rows_of("run/log.csv")[-1]
+    assert float(last["val_bpb_facts"]) > 0 < float(last["val_bpb_text"])
+    assert call(train, "--resume", "--out", "run") == 0
+
+
+@pytest.mark.parametrize("flags, is_told", [("--top_k 1", True), ("", False)])
+def test_a_router_that_the_loss_cannot_teach_is_told_of(flags, is_told, capsys):
+    assert start("run", "--steps 1", flags) == 0
+    assert ("teaches this" in capsys.readouterr().out) == is_told
+    assert start("switch", "--steps 1 --router switch --top_k 1") == 0
+    assert "teaches this" not in capsys.readouterr().out
+
+
 def test_a_mixture_logs_and_shows_the_loss_of_each_source(capsys):
     assert start("run", "--steps 4 --eval_every 2 --log_every 1", data=MIXTURE) == 0
     printed = capsys.readouterr().out
