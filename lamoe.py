@@ -728,7 +728,7 @@ class LaMoE(nn.Module):
         balance, z, dropped = (sum((r[i] for r in routings), zero) for i in (4, 5, 6))
         loads = [zero.new_zeros(0, c.n_experts), *(r.load_E[None] for r in routings)]
         rows = zip(*(r[:3] for r in routings), strict=True) if return_experts else ()
-        seen = (torch.stack(row).unflatten(1, ids_BT.shape) for row in rows)
+        seen = (torch.stack(row).unflatten(1, ids_BT.shape) for row in rows if row[0] is not None)
         dropped = dropped / max(1, len(routings))
         return Output(logits_BTV, loss, balance, z, torch.cat(loads), dropped, *seen)
 

@@ -169,22 +169,23 @@ def test_it_trains_and_a_stopped_run_resumes_bit_for_bit(file, capsys):
     assert losses[-1] < losses[0]
 
 
-def test_it_writes_text_and_shows_its_experts_and_no_export_takes_it(capsys):
-    own, name = ["--router", FILES["top_p"]], "run/best.pt"
+@pytest.mark.parametrize("file", FILES)
+def test_it_writes_text_and_shows_its_experts_and_no_export_takes_it(file, capsys):
+    own, name = ["--router", FILES[file]], "run/best.pt"
     assert call(train, *TINY, *RUN, *own, "--out", "run") == 0
-    lamoe.ROUTERS.pop("top_p")
+    lamoe.ROUTERS.pop(NAMES[file])
     assert call(sample, "a cat", "--model", name, "--max_new_tokens", 5) == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and "--router FILE.py" in told[0]
     shown = ["--max_new_tokens", 5, "--show_experts"]
     assert call(sample, "a cat", "--model", name, *own, *shown) == 0
-    lamoe.ROUTERS.pop("top_p")
+    lamoe.ROUTERS.pop(NAMES[file])
     export = import_module("data.exchange.export")
     capsys.readouterr()
     for out in ("folder", "file.gguf"):
         assert call(export, name, out, *own) == 2
         told = capsys.readouterr().err.splitlines()
-        assert len(told) == 1 and "no family routes like router='top_p'" in told[0]
+        assert len(told) == 1 and f"no family routes like router={NAMES[file]!r}" in told[0]
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def restore(saved: dict, run) -> None:
                     if value.shape not in ((), weight.shape):
                         raise ValueError(f"{name} of shape {[*value.shape]}")
                     values[name] = ranks.shard_like(weight, value)
-        run.meter.scalars.copy_(saved["meter"][0])
+        run.meter.scalars[: len(saved["meter"][0])].copy_(saved["meter"][0])  # an old one has five
         run.meter.load.copy_(saved["meter"][1])
         torch.set_rng_state(saved["rng"])
         if "cuda_rng" in saved and torch.cuda.is_available():
