@@ -92,7 +92,8 @@ class Corpus(NamedTuple):
     @property
     def floor(self) -> float | None:
         """Bits per byte that no model can beat, where the source is known."""
-        return None if self.floor_bits is None else self.floor_bits.sum() / len(self.kind_of_byte)
+        bits = self.floor_bits
+        return None if bits is None else float(bits.sum() / len(self.kind_of_byte))
 
 
 def read(name: str, text_column: str = "", train_bytes: int = 0, progress=None) -> Corpus:

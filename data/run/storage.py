@@ -111,6 +111,7 @@ def save_run(run, name: str) -> None:
         "given": {k: v for k, v in run.flags.items() if k not in PLACES},
         "tokenizer": run.data.tokenizer.state(),
         "text": run.data.corpus.key,  # what it trains on: a resume notices another text
+        "floor": run.data.corpus.floor,  # of the loss, for pictures
         "model": ranks.full_state(run.model.state_dict()),
         "done": run.done,
     }
