@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import assert_close, loop_over_experts, random_ids, random_model, small_config
+from test_gpu_paths import SIZES, as_on_a_gpu, assert_all_close, masked_grouped_mm, results
 from test_train import log_of, state_of, timeless
 from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
 
@@ -20,9 +21,11 @@ import lamoe
 import sample
 import train
 from data.run import routers
+from data.run.machine import compile_blocks
 
 FOLDER = Path(__file__).parent / "routers"
 FILES = {path.stem: path for path in FOLDER.glob("*.py")}
+on_a_gpu = as_on_a_gpu  # the fixture
 NAMES = {"hash_router": "hash", "top_p": "top_p", "expert_choice": "expert_choice"}
 CAUSAL = ["hash_router", "top_p"]
 
@@ -132,6 +135,20 @@ def test_future_tokens_never_change_past_logits_but_in_expert_choice(file):
     other_BT[:, 6:] = (other_BT[:, 6:] + 1) % model.config.vocab_size
     change = (model(ids_BT).logits - model(other_BT).logits)[:, :6].abs().max()
     assert change < 1e-5 if file in CAUSAL else change > 1e-2  # it leaks, as its file says
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_it_compiles_as_for_a_gpu(file, on_a_gpu):
+    """Without a break in the graph, so without waiting for the GPU."""
+    name = routers.router_name(f"{FILES[file]}")
+    model = random_model(small_config(**SIZES, router=name)).train()
+    ids_BT = random_ids(model.config, 3, 9)
+    with mock.patch.object(torch.nn.functional, "grouped_mm", masked_grouped_mm):
+        eager = results(model, ids_BT)
+        compile_blocks(model)
+        torch._dynamo.utils.counters.clear()
+        assert_all_close(results(model, ids_BT), eager)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one block, one loss
 
 
 def test_active_parameters_are_those_that_a_token_meets():

@@ -8,6 +8,7 @@ A checkpoint keeps the router's name and no code: who opens it says where the co
 
 import argparse
 import importlib.util
+import sys
 from pathlib import Path
 
 import lamoe
@@ -22,8 +23,9 @@ def router_name(text: str) -> str:
         return text
     before = dict(lamoe.ROUTERS)
     try:
-        spec = importlib.util.spec_from_file_location(Path(text).stem, text)
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        spec = importlib.util.spec_from_file_location(f"router_file_{Path(text).stem}", text)
+        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # compiling looks
+        spec.loader.exec_module(module)
         new = [name for name, router in lamoe.ROUTERS.items() if before.get(name) is not router]
         if len(new) != 1:
             raise ValueError('it must end with one line such as lamoe.ROUTERS["mine"] = MyRouter')
