@@ -345,9 +345,12 @@ def mix(corpora: list[Corpus]) -> Corpus:
     def side(parts: list[Documents]) -> Documents:
         before = np.cumsum([0] + [len(corpus.sources) for corpus in corpora])
         sources = [part.sources.astype(int) + n for part, n in zip(parts, before, strict=False)]
-        read = lambda: itertools.chain.from_iterable(part.all() for part in parts)  # noqa: E731
         everything = np.ones(sum(map(len, parts)), bool)
         n_bytes = sum(part.n_bytes for part in parts)
+
+        def read():
+            return itertools.chain.from_iterable(part.all() for part in parts)
+
         return Documents(read, everything, n_bytes, np.concatenate(sources))
 
     key = hashlib.sha256("\n".join(corpus.key for corpus in corpora).encode()).hexdigest()[:16]

@@ -39,6 +39,7 @@ def weights_from(init: lamoe.LaMoE, model: lamoe.LaMoE) -> dict[str, Tensor]:
     return weights
 
 
+@torch.no_grad()
 def expert_weights(dense: lamoe.SwiGLU, moe: lamoe.MoE) -> dict[str, Tensor]:
     """The state dict of `moe`, computing what `dense` does, with the router that it has.
 
@@ -55,7 +56,7 @@ def expert_weights(dense: lamoe.SwiGLU, moe: lamoe.MoE) -> dict[str, Tensor]:
         if name.startswith("router.") and weight.dim() > 1 and len(weight) == E:
             own[name] = weight[::G].repeat_interleave(G, 0)
     # DeepSeek-V3's weights sum to another number than 1.
-    total = moe.router.eval()(*an_input(D)).weights_NA.detach().sum(-1).mean()
+    total = moe.router.eval()(*an_input(moe.router.config)).weights_NA.sum(-1).mean()
     gate_up_GFD = torch.cat(gate_up.view(2, G, F, D).unbind(), 1)  # of a slice: gate, then up
     down_GDF = down.view(D, G, F).transpose(0, 1) * (G / total)
     stacks = {"gate_up_proj": gate_up_GFD, "down_proj": down_GDF}
@@ -63,10 +64,10 @@ def expert_weights(dense: lamoe.SwiGLU, moe: lamoe.MoE) -> dict[str, Tensor]:
     return {**own, **{f"experts.{name}": weight for name, weight in copies.items()}}
 
 
-def an_input(dim: int) -> tuple[Tensor, Tensor]:
+def an_input(c: lamoe.Config) -> tuple[Tensor, Tensor]:
     """64 normed tokens, and ids for them."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, 64, dim, generator=generator), torch.arange(64)[None]
+    return torch.randn(1, 64, c.dim, generator=generator), torch.arange(64)[None] % c.vocab_size
 
 
 @torch.no_grad()
@@ -77,7 +78,7 @@ def check_equal(dense: lamoe.SwiGLU, moe: lamoe.MoE, weights: dict[str, Tensor])
     noise or groups take some of a copy's slices without the others.
     """
     moe.load_state_dict(weights)
-    x_BTD, ids_BT = an_input(moe.router.config.dim)
+    x_BTD, ids_BT = an_input(moe.router.config)
     expected, difference = dense(x_BTD), 0.0
     with torch.random.fork_rng(devices=[]):
         for training in (False, True) if ranks.WORLD == 1 else (False,):  # else it would average
