@@ -791,9 +791,9 @@ def moe_one(experts: Experts, x_1D: Tensor, experts_1A: Tensor, weights_1A: Tens
     (experts_A,), (weights_A,) = experts_1A, weights_1A.to(x_1D.dtype)
     gate_up, down = experts.parameters()
     if not (x_1D.is_cuda or torch.compiler.is_compiling()):
-        pairs = zip(experts_A.tolist(), weights_A, strict=True)
-        y_A = [run_expert(x_1D, weight, gate_up[e], down[e]) for e, weight in pairs if weight]
-        return sum(y_A, torch.zeros_like(x_1D))
+        rows = zip(experts_A.tolist(), weights_A.tolist(), weights_A, strict=True)
+        y_A = [run_expert(x_1D, weight, gate_up[e], down[e]) for e, w, weight in rows if w]
+        return sum(y_A[1:], y_A[0]) if y_A else torch.zeros_like(x_1D)
     # Compiled, nothing is copied; index_copy keeps h from being computed anew for each row of down.
     h_AF = swiglu((gate_up[experts_A] * x_1D).sum(-1, dtype=torch.float32)) * weights_A[:, None]
     h_AF = h_AF.to(x_1D.dtype)

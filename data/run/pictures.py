@@ -129,7 +129,7 @@ def draw_loads(figure, axes, loads: list[dict]) -> None:
     figure.colorbar(mesh, ax=axes, extend="max", label="1 is an equal share", pad=0.01)
 
 
-class Drawn(NamedTuple):
+class LoggedRun(NamedTuple):
     """A run as --plot sees it."""
 
     folder: str
@@ -139,7 +139,7 @@ class Drawn(NamedTuple):
     rows: list[dict]  # of its log
 
 
-def read_drawn(folder: str) -> Drawn:
+def read_run(folder: str) -> LoggedRun:
     """What there is of a run; ValueError if it has no log with an evaluation in it."""
     try:
         rows = list(read_rows(Path(folder) / "log.csv"))
@@ -152,12 +152,12 @@ def read_drawn(folder: str) -> Drawn:
         saved = checkpoint.read(Path(folder) / "best.pt")
         settings = {**saved["train_config"], **saved["config"]}
         given = {name: value for name, value in saved["given"].items() if name != "seed"}
-        return Drawn(folder, given, settings, saved.get("floor"), rows)
+        return LoggedRun(folder, given, settings, saved.get("floor"), rows)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # gone, or not of a run
-        return Drawn(folder, {"run": folder}, {}, None, rows)
+        return LoggedRun(folder, {"run": folder}, {}, None, rows)
 
 
-def group(runs: list[Drawn]) -> dict[str, list[Drawn]]:
+def group(runs: list[LoggedRun]) -> dict[str, list[LoggedRun]]:
     """{name: runs that differ in their seed alone}; the name is what differs between groups."""
     alike = {}
     for run in runs:
@@ -179,7 +179,7 @@ def plot(folders: list[str], out: str) -> Path:
 
     Runs that differ in their seed alone are one line, their mean, in a band from lowest to highest.
     """
-    pyplot, runs = import_pyplot(), [read_drawn(folder) for folder in folders]
+    pyplot, runs = import_pyplot(), [read_run(folder) for folder in folders]
     floors = {run.floor for run in runs}
     floor = floors.pop() if len(floors) == 1 else None
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
