@@ -89,11 +89,9 @@ class Config:
         check(self.dropout < 1, f"dropout={self.dropout} must be below 1; try 0.1")
         check(self.router in ROUTERS, f"router={self.router!r} is unknown; try one of {[*ROUTERS]}")
         wrong = f"dim={self.dim} does not divide into n_heads={heads} heads of an even width"
-        check(
-            self.head_dim or self.dim % pair == 0, f"{wrong}; try dim={near} or dim={near + pair}"
-        )
-        wrong = f"head_dim={self.head_dim} must be even (RoPE); try head_dim={even}"
-        check(self.head_size == even, wrong)
+        is_even = self.head_dim or self.dim % pair == 0
+        check(is_even, f"{wrong}; try dim={near} or dim={near + pair}")
+        check(self.head_size == even, f"head_dim={self.head_dim} must be even; try head_dim={even}")
         wrong = f"n_heads={heads} is not divisible by n_kv_heads={self.n_kv_heads}"
         check(heads % self.n_kv_heads == 0, f"{wrong}; try n_kv_heads from {shared}")
         if experts > 1:
@@ -308,7 +306,8 @@ def plain_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Te
 # --- 4. Dispatch: the same sparse layer for a GPU -------------------------------------------------
 # The loop asks how many rows each expert has, and a GPU would wait. With the P = N*A pairs (token,
 # expert) sorted by expert all is one grouped product: row p is a copy of token token_P1[p], the
-# a-th copy of token n is row slot_NA[n, a], and the rows of expert e end before row ends_E[e].
+# a-th copy of token n is row slot_NA[n, a], and the rows of expert e end before row ends_E[e]. A
+# pair of weight 0 costs as much as the others: only the GPU knows how many, and shapes come first.
 
 
 class Gather(torch.autograd.Function):
@@ -407,7 +406,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(c.n_experts, c.dim))  # a row per expert
 
     @staticmethod
-    def n_active(c: Config) -> int:  # experts that a token is sent to, for counting
+    def n_active(c: Config) -> int:  # experts that a token is sent to, or the most, to count
         return c.top_k
 
     def init_weights(self) -> None:
@@ -734,7 +733,7 @@ class LaMoE(nn.Module):
         balance, z, dropped = (sum((r[i] for r in routings), zero) for i in (4, 5, 6))
         loads = [zero.new_zeros(0, c.n_experts), *(r.load_E[None] for r in routings)]
         rows = zip(*(r[:3] for r in routings), strict=True) if return_experts else ()
-        seen = (torch.stack(row).unflatten(1, ids_BT.shape) for row in rows)
+        seen = (torch.stack(row).unflatten(1, ids_BT.shape) for row in rows if row[0] is not None)
         dropped = dropped / max(1, len(routings))
         return Output(logits_BTV, loss, balance, z, torch.cat(loads), dropped, *seen)
 
@@ -797,8 +796,9 @@ def moe_one(experts: Experts, x_1D: Tensor, experts_1A: Tensor, weights_1A: Tens
     (experts_A,), (weights_A,) = experts_1A, weights_1A.to(x_1D.dtype)
     gate_up, down = experts.parameters()
     if not (x_1D.is_cuda or torch.compiler.is_compiling()):
-        rows = zip(experts_A.tolist(), weights_A, strict=True)
-        return sum(run_expert(x_1D, weight, gate_up[e], down[e]) for e, weight in rows)
+        rows = zip(experts_A.tolist(), weights_A.tolist(), weights_A, strict=True)
+        y_A = [run_expert(x_1D, weight, gate_up[e], down[e]) for e, w, weight in rows if w]
+        return sum(y_A[1:], y_A[0]) if y_A else torch.zeros_like(x_1D)
     # Compiled, nothing is copied; index_copy keeps h from being computed anew for each row of down.
     h_AF = swiglu((gate_up[experts_A] * x_1D).sum(-1, dtype=torch.float32)) * weights_A[:, None]
     h_AF = h_AF.to(x_1D.dtype)

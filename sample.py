@@ -22,6 +22,7 @@ from data.exchange import experts, load  # isort: skip (before torch: see data/_
 import torch
 
 from data.run.flags import OneLineParser, first_line, number, one_line_errors, pick_device
+from data.run.routers import router_name
 
 # --- 1. Flags -------------------------------------------------------------------------------------
 
@@ -43,6 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue; without it, a conversation")
     add("--model", metavar="PATH", help="a checkpoint, or a Hugging Face folder; default: newest")
+    add("--router", metavar="FILE.py", type=router_name, help="the model's router, if your own")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on a GPU")
     add("--max_new_tokens", type=count, default=200)
     add("--temperature", type=number(float, lambda t: t >= 0, "0 or more"), default=0.8)
@@ -183,26 +185,25 @@ def respond(model, tokenizer, args, generator, prompt: str) -> None:
     generated = answer(model, tokenizer, prompt, args, generator)
     if args.show_experts:
         named = [(f"text {k}", ids) for k, ids in enumerate(generated, 1)]
-        experts.show(named, model, tokenizer, args.layer, args.html)
+        n_prompt = len([*tokenizer.start, *tokenizer.encode(prompt)]) or 1
+        experts.show(named, model, tokenizer, args, n_prompt)
 
 
 def run(args) -> None:
-    args.device, path = pick_device(args.device), args.model or newest_model()
+    args.device, args.model = pick_device(args.device), args.model or newest_model()
     auto = torch.bfloat16 if args.device == "cuda" else None  # as it was trained; half to read
     dtype = {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model, tokenizer = load(path, args.device, dtype)
+    model, tokenizer = load(args.model, args.device, dtype)
     if tokenizer is None:
         remedy = "make a model with one (python train.py), or put the model's tokenizer.json there"
-        raise ValueError(f"{path} has no tokenizer; {remedy}")
+        raise ValueError(f"{args.model} has no tokenizer; {remedy}")
     if args.show_experts:
-        experts.layers_to_show(model, args.layer)  # raises before text is written for nothing
-    if args.html:
-        experts.check_page(args.html)
+        experts.check(model, args)  # raises before text is written for nothing
     generator = torch.Generator(args.device)
     generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
     if args.text:
         named = [(file, experts.read_ids(file, tokenizer)) for file in args.text]
-        experts.show(named, model, tokenizer, args.layer, args.html)
+        experts.show(named, model, tokenizer, args)
     elif args.prompt is not None:
         respond(model, tokenizer, args, generator, args.prompt)
     else:

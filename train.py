@@ -54,7 +54,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda or mps
     preset: str = ""  # laptop, gpu or gpu-large; empty: by device
     draw_mb: int = 0  # size of an embedded corpus, which is generated [MB]; 0: by preset
-    tokenizer: str = "bpe"  # bpe (trained on the data) or bytes
+    tokenizer: str = "bpe"  # bpe (trained on the data), chars or bytes
     dtype: str = "auto"  # number format of matrix products: bf16 or fp32; auto: the faster
     seed: int = 0  # of the first weights and of the order of batches
     steps: int = 850  # optimizer steps; 0: by preset
@@ -79,7 +79,7 @@ class TrainConfig:
         ranges |= dict.fromkeys(("steps", "batch_size", "grad_accum", "log_every"), (1, most))
         ranges |= dict.fromkeys(("lr", "muon_lr", "weight_decay"), (0, math.inf))
         ranges |= {"warmup": (0, 1), "clip": (1e-12, math.inf)}
-        choices = {"tokenizer": ("bpe", "bytes"), "dtype": ("auto", "bf16", "fp32")}
+        choices = {"tokenizer": ("bpe", "chars", "bytes"), "dtype": ("auto", "bf16", "fp32")}
         check_fields(self, ranges, choices | {"track": ("", "mlflow")})
         self.eval_every = self.eval_every or max(1, self.steps // 5)
         self.save_every = self.save_every or self.eval_every
@@ -411,7 +411,7 @@ def set_up(flags: dict, resuming: bool) -> Run:
     torch.manual_seed(settings.seed)
     model = lamoe.LaMoE(dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size))
     if saved or init:
-        model.load_state_dict(saved["model"] if saved else init.state_dict())
+        model.load_state_dict(saved["model"] if saved else exchange.weights_from(init, model))
     parallel = ranks.parallelize(model, settings)
     optimizers, done = make_optimizers(model, settings), dict(storage.NOTHING_DONE)
     parts = model, parallel, optimizers, Meter(model), tracker

@@ -13,6 +13,7 @@ each are hashes and its length; they find copies and decide the side of the spli
 """
 
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -86,11 +87,13 @@ class Corpus(NamedTuple):
     val: Documents  # documents that are not in train
     kind_of_byte: np.ndarray | None = None  # of the validation text: an index into KINDS
     floor_bits: np.ndarray | None = None  # exact entropy of the validation text, by the same kinds
+    floors: dict[str, float] = {}  # of a mixture: bits per byte that no model can beat, by source
 
     @property
     def floor(self) -> float | None:
         """Bits per byte that no model can beat, where the source is known."""
-        return None if self.floor_bits is None else self.floor_bits.sum() / len(self.kind_of_byte)
+        bits = self.floor_bits
+        return None if bits is None else float(bits.sum() / len(self.kind_of_byte))
 
 
 def read(name: str, text_column: str = "", train_bytes: int = 0, progress=None) -> Corpus:
@@ -101,6 +104,10 @@ def read(name: str, text_column: str = "", train_bytes: int = 0, progress=None) 
     if name in DRAWN:
         return read_drawn(name, train_bytes)
     parts = [name] if Path(name).exists() else name.split(",")
+    if drawn := [part for part in dict.fromkeys(parts) if part in DRAWN]:
+        others = ",".join(part for part in parts if part not in DRAWN)
+        corpora = [read_drawn(part, train_bytes) for part in drawn]
+        return mix([*corpora, read(others, text_column, 0, progress)] if others else corpora)
     names = [Path(part).stem for part in parts]
     names = names if len(set(names)) == len(names) else parts
     members = {label: find(part) for label, part in zip(names, parts, strict=True)}
@@ -132,8 +139,6 @@ def identity(file: Path) -> tuple:
 
 def find(name: str) -> list[formats.Member]:
     """The files of a set or a path."""
-    if name in DRAWN:
-        raise ValueError(f"{name} has a validation text of its own; use it alone: --data {name}")
     known, path = name in download.SETS, find_path(name)
     if not path.exists():
         if known:
@@ -326,6 +331,38 @@ def read_own(path: Path) -> tuple[Documents, str]:
     size = path.stat().st_size - n * len(stories.END)
     documents = Documents(pieces, np.ones(n, bool), size, np.zeros(n, np.uint8))
     return documents, digest.hexdigest()[:8]
+
+
+def mix(corpora: list[Corpus]) -> Corpus:
+    """All of these corpora as one, each with its own validation text, and its floor if it has one.
+
+    ValueError if two have a source of one name.
+    """
+    names = [source for corpus in corpora for source in corpus.sources]
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two of the sources are called {doubled[0]}; rename the file or folder")
+
+    def side(parts: list[Documents]) -> Documents:
+        before = np.cumsum([0] + [len(corpus.sources) for corpus in corpora])
+        sources = [part.sources.astype(int) + n for part, n in zip(parts, before, strict=False)]
+        everything = np.ones(sum(map(len, parts)), bool)
+        n_bytes = sum(part.n_bytes for part in parts)
+
+        def read():
+            return itertools.chain.from_iterable(part.all() for part in parts)
+
+        return Documents(read, everything, n_bytes, np.concatenate(sources))
+
+    key = hashlib.sha256("\n".join(corpus.key for corpus in corpora).encode()).hexdigest()[:16]
+    return Corpus(
+        "-".join(corpus.name for corpus in corpora)[:60],
+        "; ".join(corpus.how for corpus in corpora),
+        key,
+        names,
+        side([corpus.train for corpus in corpora]),
+        side([corpus.val for corpus in corpora]),
+        floors={corpus.name: corpus.floor for corpus in corpora if corpus.floor},
+    )
 
 
 # --- 4. Command line ------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from array import array
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +28,46 @@ SAMPLE = 100_000_000  # bytes: a tokenizer learns nothing new from more
 
 
 def make_tokenizer(kind: str, vocab_size: int, corpus):
-    """A tokenizer of `bytes`, or one that learned `bpe` from the training text, now or earlier."""
+    """A tokenizer of `bytes`, or one that learned from the training text, now or earlier: `bpe`, or
+    `chars`, which has an id for each character, the most frequent first where vocab_size ends it.
+    """
     if kind == "bytes":
         return bpe.Tokenizer([])
     code = hashlib.sha256(Path(bpe.__file__).read_bytes()).hexdigest()[:8]  # an edit: learn anew
-    path = datasets.CACHE / f"{corpus.key}-{vocab_size}-{bpe.UNICODE}-{code}.bpe"
+    path = datasets.CACHE / f"{corpus.key}-{vocab_size}-{bpe.UNICODE}-{code}.{kind}"
     if path.exists():
         return bpe.Tokenizer.load(path)
     every = max(1, math.ceil(corpus.train.n_bytes / SAMPLE))
     if every > 1:
         print_line(f"tokenizer  learns from one document in {every}, {SAMPLE / 1e6:.0f} MB in all")
     sample = itertools.islice(corpus.train, 0, None, every)
-    tokenizer = bpe.Tokenizer.train(sample, vocab_size, print_in_place)
+    learn = bpe.Tokenizer.train if kind == "bpe" else learn_characters
+    tokenizer = learn(sample, vocab_size, print_in_place)
     write_text(path, json.dumps(tokenizer.state()))
     return tokenizer
+
+
+def learn_characters(documents, vocab_size: int, progress=None) -> bpe.Tokenizer:
+    """A tokenizer whose merges put together the bytes of a character, and nothing longer.
+
+    What is not in vocab_size, or was never seen, is still text: several ids of bytes.
+
+    >>> learn_characters(["déjà vu"], 300).encode("déjà")
+    [100, 257, 106, 256]
+    """
+    counts = Counter()
+    for text in documents:
+        counts.update(text)
+    ids, merges = {bytes([i]): i for i in range(256)}, []
+    for character in sorted(counts, key=lambda c: (-counts[c], c)):
+        data = bpe.utf8(character)
+        new = [data[:n] for n in range(2, len(data) + 1) if data[:n] not in ids]
+        if len(merges) + len(new) > vocab_size - 257:
+            break
+        for part in new:
+            merges.append((ids[part[:-1]], part[-1]))
+            ids[part] = 255 + len(merges)
+    return bpe.Tokenizer(merges)
 
 
 def encode_corpus(corpus, tokenizer, length: int, asked: str) -> tuple[np.ndarray, np.ndarray]:

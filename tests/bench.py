@@ -28,6 +28,7 @@ import train
 from data.run import machine, ranks
 from data.run.log import Meter
 from data.run.machine import autocast, compile_blocks
+from data.run.routers import router_name
 
 warnings.simplefilter("ignore")  # the compiler's about softmax and tf32
 GPU = torch.cuda.is_available()
@@ -210,7 +211,8 @@ def bench_routers(batch: int = BATCH) -> None:
     print(f"\nStep time of each router over topk's, 8 experts, batch {batch} x {SHAPE['seq_len']}")
     models, steps = {}, {}
     clean()
-    for router in ("topk", "noisy", "deepseek", "topk k=1", "switch"):
+    own = sorted(map(str, (Path(__file__).parent / "routers").glob("*.py")))
+    for router in ("topk", "noisy", "deepseek", "topk k=1", "switch", *map(router_name, own)):
         name, *k1 = router.split()
         k = {"top_k": 1, "hidden_dim": 2 * F} if k1 or name == "switch" else {"hidden_dim": F}
         models[router] = make(router=name, n_layers=3, **k)
@@ -224,7 +226,7 @@ def bench_routers(batch: int = BATCH) -> None:
     for router in steps:
         twin = "topk k=1" if router == "switch" else "topk"
         ratios = sorted(times[router] / times[twin] for times in rounds)
-        print(f"{router:10} {ratios[len(ratios) // 2]:.2f} of {twin}", flush=True)
+        print(f"{router:13} {ratios[len(ratios) // 2]:.2f} of {twin}", flush=True)
 
 
 def bench_layer(peak: float) -> None:

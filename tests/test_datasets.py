@@ -264,10 +264,33 @@ def test_a_mixture_of_sets_and_files_names_them(tmp_path, monkeypatch):
     corpus = datasets.read("tinystories,book.txt")
     assert corpus.sources == ["tinystories", "book"]
     assert len(everything(corpus)) == 52
-    with pytest.raises(ValueError, match="stories has a validation text of its own"):
-        datasets.read("stories,book.txt")
     with pytest.raises(ValueError, match="nowhere: no such"):
         datasets.read("book.txt,nowhere")
+
+
+def test_an_embedded_corpus_can_be_mixed_with_other_text_and_keeps_its_floor(tmp_path):
+    write(tmp_path / "shelf/a.txt", f"\n{EOT}\n".join(f"a book {i}" for i in range(50)))
+    write(tmp_path / "shelf/b.txt", f"\n{EOT}\n".join(f"another book {i}" for i in range(50)))
+    shelf, alone = datasets.read(f"{tmp_path}/shelf"), datasets.read("stories", train_bytes=9_000)
+    mixed = datasets.read(f"{tmp_path}/shelf,stories", train_bytes=9_000)
+    assert mixed.sources == ["stories", *shelf.sources]
+    for side in ("train", "val"):
+        ours, (first, second) = getattr(mixed, side), (getattr(c, side) for c in (alone, shelf))
+        assert [*ours] == [*first, *second] == [*ours]  # and again
+        assert (
+            len(ours) == len(first) + len(second) and ours.n_bytes == first.n_bytes + second.n_bytes
+        )
+        assert ours.sources.tolist() == [0] * len(first) + [i + 1 for i in second.sources]
+    assert mixed.floor is None and mixed.floors == {"stories": alone.floor}
+    assert len({mixed.key, shelf.key, alone.key}) == 3
+    both = datasets.read("stories,facts", train_bytes=1_000_000)
+    assert both.sources == ["stories", "facts"] == [*both.floors]
+    write(tmp_path / "stories.txt", "not those " * 40)
+    assert (
+        datasets.read(f"stories,{tmp_path}/shelf/a.txt", train_bytes=9_000).sources[0] == "stories"
+    )
+    with pytest.raises(ValueError, match="two of the sources are called stories; rename"):
+        datasets.read(f"stories,{tmp_path}/stories.txt", train_bytes=9_000)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -88,6 +88,24 @@ def test_a_source_without_validation_text_has_no_column():
     assert log.columns_of_score(score, data) == columns
 
 
+def test_facts_mixed_with_a_book_are_scored_apart_beside_their_floor(capsys):
+    flags = ["--steps 2 --draw_mb 1"]
+    assert start("run", *flags, data="facts,text.txt") == 0
+    shown = r"by source  facts \d\.\d{4} \(floor \d\.\d{4}\)  text \d\.\d{4}"
+    assert re.search(shown, capsys.readouterr().out)
+    last = rows_of("run/log.csv")[-1]
+    assert float(last["val_bpb_facts"]) > 0 < float(last["val_bpb_text"])
+    assert call(train, "--resume", "--out", "run") == 0
+
+
+@pytest.mark.parametrize("flags, is_told", [("--top_k 1", True), ("", False)])
+def test_a_router_that_the_loss_cannot_teach_is_told_of(flags, is_told, capsys):
+    assert start("run", "--steps 1", flags) == 0
+    assert ("teaches this" in capsys.readouterr().out) == is_told
+    assert start("switch", "--steps 1 --router switch --top_k 1") == 0
+    assert "teaches this" not in capsys.readouterr().out
+
+
 def test_a_mixture_logs_and_shows_the_loss_of_each_source(capsys):
     assert start("run", "--steps 4 --eval_every 2 --log_every 1", data=MIXTURE) == 0
     printed = capsys.readouterr().out
@@ -198,14 +216,62 @@ def figure_of(pyplot, act):
     return kept[0]
 
 
+def test_plot_averages_seeds_and_names_runs_by_what_differs(pyplot):
+    for run, flags in {
+        "runs/a0": "--seed 0",
+        "runs/a1": "--seed 1",
+        "runs/b": "--n_experts 4 --batch_size 4",
+    }.items():
+        start(run, "--steps 4 --log_every 1 --eval_every 2", flags)
+    folders = ["runs/a0", "runs/a1", "runs/b"]
+    figure = figure_of(pyplot, lambda: call(train, "--plot", *folders, "--out", "all"))
+    of = [[r for r in rows_of(f"{run}/log.csv") if r["val_loss"]] for run in folders]
+    bits = [[float(row["val_bits_per_byte"]) for row in rows] for rows in of]
+    lines = [line for line in figure.axes[0].lines if not line.get_label().startswith("_")]
+    assert lines[0].get_ydata() == pytest.approx(np.mean(bits[:2], axis=0))
+    low, high = sorted(min(b) for b in bits[:2])
+    mean = (low + high) / 2
+    assert lines[0].get_label() == f"n_experts 3: {mean:.3f} ({low:.3f} to {high:.3f}, 2 seeds)"
+    assert lines[1].get_label() == f"n_experts 4: {min(bits[2]):.3f}"
+    Path("runs/b/best.pt").unlink()  # then nothing tells what it was
+    figure = figure_of(pyplot, lambda: call(train, "--plot", *folders, "--out", "all"))
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert [label for label in labels if label.startswith("runs/b: ")]
+    figure = figure_of(pyplot, lambda: call(train, "--plot", "runs/a0", "--out", "all"))
+    assert figure.axes[0].lines[-1].get_label().startswith("runs/a0: ")
+
+
+def test_where_a_floor_is_known_the_picture_is_of_what_is_above_it(pyplot, capsys):
+    figure = figure_of(pyplot, lambda: start("run", "--steps 4 --draw_mb 1", data="stories"))
+    floor = datasets.read("stories", train_bytes=10**6).floor
+    axes = figure.axes[0]
+    (line,) = [line for line in axes.lines if line.get_label().startswith("validation")]
+    scored = [row for row in rows_of("run/log.csv") if row["val_loss"]]
+    assert axes.get_yscale() == "log"
+    expected = [float(row["val_bits_per_byte"]) - floor for row in scored]
+    assert line.get_ydata() == pytest.approx(expected, rel=1e-4)
+    assert axes.get_ylim()[0] < expected[-1] < axes.get_ylim()[1]
+    alt = Path("run/loss.png").read_bytes()  # in words, for those who can't see it
+    for words in ("over 4 steps", "above the floor", "the busiest", "times the mean at the end"):
+        assert words.encode() in alt
+    figure = figure_of(pyplot, lambda: call(train, "--plot", "run", "--out", "one"))
+    assert figure.axes[0].get_yscale() == "log"
+    assert figure.axes[0].lines[-1].get_ydata() == pytest.approx(expected, rel=1e-4)
+    assert np.isnan(pictures.above([1.0, 0.9], 1.0)).all()  # at the floor or, by chance, below it
+
+
 @pytest.mark.parametrize("flags", ["--n_layers 2", "--n_experts 1"])
 def test_the_picture_has_a_line_for_each_expert_of_each_layer(flags, pyplot):
     figure = figure_of(pyplot, lambda: start("run", "--steps 6 --log_every 2", flags))
     meshes = [c for ax in figure.axes for c in ax.collections if hasattr(c, "get_coordinates")]
     loads = rows_of("run/load.csv")
     if not loads:
-        assert len(figure.axes) == 2
+        assert len(figure.axes) == 1  # of the loss alone
         return
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
+    for name, column in {"busiest": "load_max_over_mean", "idlest": "load_min_over_mean"}.items():
+        logged = [float(row[column]) for row in rows_of("run/log.csv")]
+        assert lines[f"the {name} expert"] == pytest.approx(logged)
     (mesh,) = [c for c in meshes if c.get_cmap().name == "cividis" and c.get_array().size < 100]
     expected = [[float(row[e]) for e in "012"] for row in loads]
     steps = len({row["step"] for row in loads})
@@ -222,7 +288,7 @@ def test_plot_lays_runs_over_each_other_by_step_and_by_seconds(pyplot, capsys):
     assert "both.png" in capsys.readouterr().out
     for ax, column in zip(figure.axes, ("step", "seconds"), strict=True):
         lines = [line for line in ax.lines if not line.get_label().startswith("_")]
-        assert [line.get_label()[0] for line in lines] == ["a", "b"]
+        assert [line.get_label()[:9] for line in lines] == ["lr 0.01: ", "lr 0.001:"]
         for line, run in zip(lines, "ab", strict=True):
             scored = [row for row in rows_of(f"{run}/log.csv") if row["val_loss"]]
             assert line.get_xdata() == pytest.approx([float(row[column]) for row in scored])

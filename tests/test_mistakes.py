@@ -62,7 +62,6 @@ TABLE = {
     "train.py --data lines.jsonl": ["lines.jsonl", "line 2", "JSON"],
     "train.py --data wiki": ["wiki", "not here yet", "python data/datasets.py wiki"],
     "train.py --data book.txt,nowhere": ["nowhere", "no such", "--data stories"],
-    "train.py --data stories,book.txt": ["stories", "alone", "--data stories"],
     f"{BOOK} --track wandb": ["track='wandb'", "mlflow"],
     "train.py --plot nowhere": ["matplotlib", "pip install"],
     f"{BOOK} --seq_len 5000": ["book.txt", "too short", "5000", "--seq_len"],
@@ -385,7 +384,7 @@ RULES = {
     r"another name|make it first": lambda w: with_flag(w, "--html", "page.html"),
     r"another --out": lambda w: with_flag(w, "--out", "another"),
     r"give one of the two": lambda w: w[1:],
-    r"try --data stories|use it alone": lambda w: with_flag(w, "--data", "stories"),
+    r"try --data stories": lambda w: with_flag(w, "--data", "stories"),
     r"columns?.* id, text": lambda w: with_flag(w, "--text_column", "text"),
     r"a prompt that begins with a dash": lambda w: [*w[1:], "--", w[0]],
 }

@@ -452,6 +452,32 @@ def test_dropout_leaves_out_what_layers_add_in_training_only():
     assert 0.4 < (kept_BTD == 0).float().mean() < 0.6
 
 
+def test_one_can_learn_from_a_teacher_and_add_losses_of_ones_own():
+    """Logits have their gradient where there are targets, too, and so have the routers' outputs."""
+    student, teacher = (random_model(small_config(n_experts=4), seed).train() for seed in (0, 1))
+    ids_BT, targets_BT = random_ids(student.config, 2, 7), random_ids(student.config, 2, 7, seed=1)
+    out = student(ids_BT, targets_BT, return_experts=True)
+    probs_BTV = teacher(ids_BT).logits.detach().softmax(-1)
+    (out.loss - (probs_BTV * out.logits.log_softmax(-1)).sum(-1).mean()).backward()
+    grads = [weight.grad.clone() for weight in student.parameters()]
+    student.zero_grad()
+    logits_BTV = student(ids_BT).logits  # the same, by hand
+    one_hot_BTV = torch.nn.functional.one_hot(targets_BT, student.config.vocab_size)
+    (-((one_hot_BTV + probs_BTV) * logits_BTV.log_softmax(-1)).sum(-1).mean()).backward()
+    for weight, grad in zip(student.parameters(), grads, strict=True):
+        assert_close(weight.grad, grad, 1e-5)
+
+    assert out.router_probs.shape == (2, 2, 7, 4)
+    assert_close(out.router_probs.sum(-1), torch.ones(2, 2, 7), 1e-6)
+    assert torch.equal(out.router_probs.argmax(-1), out.experts[..., 0])
+    student.zero_grad()
+    out = student(ids_BT, return_experts=True)
+    (out.router_probs.square().sum() + out.expert_weights.square().sum()).backward()
+    assert all(block.ffn.router.weight.grad.any() for block in student.blocks)
+    assert student(ids_BT).router_probs is None
+    assert student(ids_BT, targets_BT, return_logits=False).logits is None
+
+
 def test_output_has_the_promised_shapes():
     model = random_model(small_config(n_layers=3, n_experts=5, top_k=2))
     out = model(random_ids(model.config, 2, 7))

@@ -7,15 +7,17 @@ import shlex
 import subprocess
 import sys
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from tiny_run import TINY, call, make_text
 
 import bpe
+import lamoe
 import sample
 import train
-from data import datasets, stories
+from data import datasets, exchange, stories
 from data.exchange import load
 from data.run import presets
 from data.run.files import first_free
@@ -126,9 +128,23 @@ def exported(workplace):
     return folder
 
 
+@pytest.fixture
+def dense(workplace):
+    """The same of a model without experts."""
+    pytest.importorskip("safetensors")
+    if not Path("dense").exists():
+        model = lamoe.LaMoE(lamoe.Config(257, dim=16, n_layers=1, hidden_dim=8, n_experts=1))
+        exchange.export(model, bpe.Tokenizer([]), "dense")
+    return "dense"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_readme_command_runs(command, workplace, monkeypatch, request):
     words = shlex.split(command)
+    for i, (flag, word) in enumerate(pairwise(words), 1):
+        if flag == "--router" and word.endswith(".py"):  # from any folder
+            words[i] = str(ROOT / "tests/routers/top_p.py")
+    monkeypatch.setattr(lamoe, "ROUTERS", dict(lamoe.ROUTERS))
     if words[0] == "torchrun":  # by two ranks: tests/test_ranks.py; here: the flags are known
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
         assert words[1] == "--nproc_per_node" and (ROOT / words[script]).is_file()
@@ -160,6 +176,8 @@ def test_every_readme_command_runs(command, workplace, monkeypatch, request):
         assert call(export, *(names.get(word, word) for word in words[2:])) == 0
     else:
         program = {"train.py": train, "sample.py": sample, "bpe.py": bpe}[words[1]]
+        if "DENSE" in words:
+            words[words.index("DENSE")] = request.getfixturevalue("dense")
         if "FOLDER" in words:
             folder = request.getfixturevalue("exported")
             words = [str(folder) if word == "FOLDER" else word for word in words]

@@ -482,3 +482,22 @@ def test_a_browser_shows_the_text_and_nothing_else(tmp_path):
     assert tags.count("span") == 2 and tags.count("button") == 4 and "b" not in tags
     assert tags.count("input") == 2 and tags.count("script") == 2
     assert "&lt;/script&gt;&lt;b&gt;bold&lt;/b&gt;" in dom
+
+
+def test_the_page_names_the_model_and_where_the_prompt_ends_and_the_text(workplace, capsys):
+    model, _ = load("model.pt")
+    model.head.weight.data[BYTES.eot] = 0.5 * model.head.weight.data.abs().sum(0)  # ends come often
+    save("model.pt", model)
+    asked = ["Hi", "-n", "3", "--seed", "1", "--max_new_tokens", "11", "--temperature", "2"]
+    run(capsys, *asked, "--html", "page.html")
+    data = Parsed(Path("page.html").read_text(encoding="ascii")).data
+    about = "model.pt: 3 layers, 5 experts a layer, 2 for each token, router topk."
+    assert data["about"] == about
+    for text in data["texts"]:
+        ids = [token["id"] for token in text["tokens"]]
+        assert text["n_prompt"] == 3 and ids[:3] == [BYTES.eot, *b"Hi"]
+        assert BYTES.eot not in ids[3:-1]  # nothing comes after it
+    assert any(text["tokens"][-1]["id"] == BYTES.eot for text in data["texts"])
+    run(capsys, "--text", "book.txt", "--html", "page.html")
+    data = Parsed(Path("page.html").read_text(encoding="ascii")).data
+    assert data["texts"][0]["n_prompt"] == 0  # nothing was written

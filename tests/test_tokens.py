@@ -53,6 +53,33 @@ def test_a_large_vocabulary_takes_four_bytes_an_id(cache):
     assert ids.tolist() == encode(large, ["some text"]).tolist()
 
 
+CHARACTERS = "aé\u20ac\u2019\u2026\U0001f600\U0001f601 \n"
+
+
+@given(st.lists(st.text(CHARACTERS, min_size=1), min_size=1), st.text("b\xff\u2020" + CHARACTERS))
+def test_chars_gives_each_character_of_the_training_text_one_id(documents, other):
+    tokenizer = tokens.learn_characters(documents, 2048)
+    for text in documents:
+        assert [tokenizer.decode([i]) for i in tokenizer.encode(text)] == list(text)
+    assert tokenizer.decode(tokenizer.encode(other)) == other  # what it never saw is bytes
+    assert Tokenizer.from_state(tokenizer.state()).encode(other) == tokenizer.encode(other)
+
+
+def test_chars_keeps_to_the_vocabulary_the_most_frequent_first():
+    tokenizer = tokens.learn_characters(["éé\u00fc\u20ac\u20ac\u20ac\u20ac"], 260)
+    assert tokenizer.vocab_size == 260
+    assert [len(tokenizer.encode(c)) for c in "\u20acé\u00fc"] == [1, 1, 2]
+    assert tokens.learn_characters(["plain"], 2048).vocab_size == 257  # those of bytes
+
+
+def test_a_tokenizer_of_characters_is_remembered_beside_that_of_words(cache, monkeypatch):
+    corpus = SimpleNamespace(key="k", train=side_of(["a \u20ac and a \u20ac"] * 9))
+    bpe, chars = (tokens.make_tokenizer(kind, 300, corpus) for kind in ("bpe", "chars"))
+    assert len(bpe.encode(" and")) < len(chars.encode(" and")) == 4
+    monkeypatch.setattr(tokens, "learn_characters", None)
+    assert tokens.make_tokenizer("chars", 300, corpus).state() == chars.state()
+
+
 def test_the_second_time_nothing_is_encoded(cache):
     first = tokens.encode(side_of(["some text"]), BYTES, cache / "a.ids")
     second = tokens.encode(None, BYTES, cache / "a.ids")

@@ -181,10 +181,10 @@ def test_a_run_folder_of_the_first_version_loads_and_goes_on():
             {"state": optimizer["state"], "param_groups": optimizer["param_groups"]}
             for optimizer in (muon, adamw)
         ],
-        "meter": [scalars.clone(), load.clone()],
+        "meter": [scalars[:5].clone(), load.clone()],  # it did not know z, the sixth
         "rng": saved["rng"],
     }
-    assert list(old) == OLD_PARTS and scalars.shape == (5,) and load.shape == (1, 3)
+    assert list(old) == OLD_PARTS and scalars.shape == (6,) and load.shape == (1, 3)
     assert all(list(state) == ["momentum"] for state in muon["state"].values())
     torch.save(old, "old/last.pt")
     shutil.copytree("old", "old-best")
@@ -197,7 +197,11 @@ def test_a_run_folder_of_the_first_version_loads_and_goes_on():
     straight, resumed = state_of("straight/last.pt"), state_of("old/last.pt")
     differing = [path for path in straight if straight[path] != resumed.get(path)]
     assert [path for path in differing if not path.startswith(own)] == []
-    assert timeless(log_of("straight")) == timeless(log_of("old"))
+    logs = [timeless(log_of(run)) for run in ("straight", "old")]
+    next_row = [[row for row in log if row["step"] == "12"][0] for log in logs]
+    assert float(next_row[0].pop("z")) > float(next_row[1].pop("z"))  # of two steps of its three
+    assert float(next_row[0].pop("balance")) < float(next_row[1].pop("balance"))
+    assert logs[0] == logs[1]
 
 
 def test_a_run_on_an_embedded_corpus_goes_on_though_its_key_was_a_hash_of_code():
@@ -656,16 +660,22 @@ def test_zero_steps_means_as_many_as_the_preset_says(monkeypatch):
 def test_the_log_has_its_columns_and_they_add_up():
     start("run", CADENCE, "--grad_accum 2", "--lr 0.01", "--warmup 0.2")
     assert Path("run/log.csv").read_text().splitlines()[0] == (
-        "step,tokens,train_loss,val_loss,val_bits_per_byte,lr,grad_norm,aux,load_max_over_mean,"
-        "dead_experts,dropped,tokens_per_s,seconds"
+        "step,tokens,flops,train_loss,val_loss,val_bits_per_byte,lr,grad_norm,aux,balance,z,"
+        "load_max_over_mean,load_min_over_mean,dead_experts,dropped,tokens_per_s,seconds"
     )
+    flops = lamoe.flops_per_token(exchange.load("run/best.pt")[0])
     config = train.TrainConfig(steps=20, warmup=0.2)
     for row in log_of("run"):
         step = int(row["step"])
         assert int(row["tokens"]) == step * 2 * 4 * 16
         assert float(row["lr"]) == pytest.approx(0.01 * train.schedule(step - 1, config), rel=1e-5)
         assert bool(row["val_loss"]) == bool(row["val_bits_per_byte"]) == (step % 4 == 0)
+        assert float(row["flops"]) == pytest.approx(int(row["tokens"]) * flops, rel=1e-5)
         assert 1 <= float(row["load_max_over_mean"]) <= 3 / 2  # 3 experts, top 2
+        assert 3 - 2 * 3 / 2 <= float(row["load_min_over_mean"]) <= 1
+        parts = float(row["balance"]) + float(row["z"])
+        assert 0 < float(row["z"]) < float(row["balance"]) < parts
+        assert parts == pytest.approx(float(row["aux"]), rel=1e-4)
         assert 0 <= int(row["dead_experts"]) <= 1 and float(row["dropped"]) == 0
         assert float(row["tokens_per_s"]) > 0 and float(row["aux"]) > 0
     seconds = [float(row["seconds"]) for row in log_of("run")]
@@ -676,7 +686,7 @@ def test_a_row_is_the_mean_since_the_row_before():
     start("each", "--steps 6 --log_every 1 --eval_every 6")
     start("thirds", "--steps 6 --log_every 3 --eval_every 6")
     for i, row in enumerate(log_of("thirds")):
-        for column in ("train_loss", "aux"):
+        for column in ("train_loss", "aux", "z"):
             steps = [float(one[column]) for one in log_of("each")[3 * i : 3 * i + 3]]
             assert float(row[column]) == pytest.approx(sum(steps) / 3, rel=1e-4)
     assert log_of("thirds")[-1]["grad_norm"] == log_of("each")[-1]["grad_norm"]
@@ -686,6 +696,7 @@ def test_a_dense_model_has_no_load_in_its_log():
     start("run", "--steps 2", "--n_experts 1")
     row = log_of("run")[-1]
     assert (row["load_max_over_mean"], row["dead_experts"], float(row["aux"])) == ("", "", 0)
+    assert (row["load_min_over_mean"], float(row["balance"]), float(row["z"])) == ("", 0, 0)
 
 
 @pytest.mark.parametrize("flags", ["", "--tie_embeddings", "--n_experts 1"])

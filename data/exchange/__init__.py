@@ -10,5 +10,6 @@ Both are functions here, and modules under the same names.
 
 from data.exchange.export import export
 from data.exchange.load import load
+from data.exchange.upcycle import weights_from
 
-__all__ = ["export", "load"]
+__all__ = ["export", "load", "weights_from"]

@@ -36,10 +36,11 @@ class RoutedText(NamedTuple):
     pieces: list[str]  # the text of each token; a character of several comes with the last of them
     experts_LTA: Tensor  # L layers that have experts; the first of A is the one preferred
     weights_LTA: Tensor
+    n_prompt: int = 0  # so many of the tokens were given, and the others written by the model
 
 
 @torch.inference_mode()
-def route(model, tokenizer, source: str, ids: list[int]) -> RoutedText:
+def route(model, tokenizer, source: str, ids: list[int], n_prompt: int = 0) -> RoutedText:
     """Reads ids window by window; each window is read without the one before it."""
     experts, weights, decoder = [], [], codecs.getincrementaldecoder("utf-8")("replace")
     ids_1T = torch.tensor([ids], device=model.embed.weight.device)
@@ -49,7 +50,7 @@ def route(model, tokenizer, source: str, ids: list[int]) -> RoutedText:
         weights.append(out.expert_weights[:, 0].cpu())
     pieces = [decoder.decode(tokenizer.decode_bytes([i])) for i in ids]
     pieces[-1] += decoder.decode(b"", final=True)
-    return RoutedText(source, ids, pieces, torch.cat(experts, 1), torch.cat(weights, 1))
+    return RoutedText(source, ids, pieces, torch.cat(experts, 1), torch.cat(weights, 1), n_prompt)
 
 
 def read_ids(path: str, tokenizer, most: int = 100_000) -> list[int]:
@@ -79,17 +80,28 @@ def layers_to_show(model, layer: int | None) -> dict[int, int]:
     return {row: i for row, i in enumerate(sparse) if layer in (None, i)}
 
 
-def show(named: list[tuple[str, list[int]]], model, tokenizer, layer: int | None, html: str | None):
-    """Prints the experts of each (source, ids); with html, the name of a file, writes the page."""
-    texts = [route(model, tokenizer, source, ids) for source, ids in named]
-    config, layers = model.config, layers_to_show(model, layer)
+def check(model, args) -> None:
+    """ValueError if `show` could not do what sample.py's arguments ask for."""
+    layers_to_show(model, args.layer)
+    if args.html:
+        check_page(args.html)
+
+
+def show(named: list[tuple[str, list[int]]], model, tokenizer, args, n_prompt: int = 0) -> None:
+    """Prints the experts of each (source, ids), and writes the page if there is to be one.
+
+    args: sample.py's, of which layer, html and model count. n_prompt: see RoutedText.
+    """
+    texts = [route(model, tokenizer, source, ids, n_prompt) for source, ids in named]
+    config, layers = model.config, layers_to_show(model, args.layer)
     for text in texts:
         print_text(text, config.n_experts, layers)
     print_tables(texts, config, tokenizer, layers)
-    if html:
+    if args.html:
         all_layers = layers_to_show(model, None)
-        write_text(html, make_page(texts, config, all_layers, start=min(layers)))
-        print(f"[{html}: open it in a browser]", file=sys.stderr)
+        page = make_page(texts, config, all_layers, min(layers), f"{args.model}")
+        write_text(args.html, page)
+        print(f"[{args.html}: open it in a browser]", file=sys.stderr)
 
 
 # --- 2. As tables ---------------------------------------------------------------------------------
@@ -244,17 +256,26 @@ def check_page(path: str) -> None:
         raise ValueError(f"--html {path} is there and is no page of sample.py; give another name")
 
 
-def make_page(texts: list[RoutedText], config, layers: dict[int, int], start: int, most=10_000):
-    """HTML in ASCII, of all layers; the browser shows that of row `start` first."""
+def make_page(
+    texts: list[RoutedText], c, layers: dict[int, int], start: int, model="", most=10_000
+):
+    """HTML in ASCII, of all layers; the browser shows that of row `start` first.
+
+    c: the model's config; model: its name.
+    """
     names, shown = ("text", "id", "position", "experts", "weights"), []
     for text in texts:
         experts_TLA = text.experts_LTA[:, :most].transpose(0, 1).tolist()
         weights_TLA = text.weights_LTA[:, :most].double().round(decimals=3).transpose(0, 1).tolist()
-        positions = [t % config.seq_len for t in range(len(experts_TLA))]
+        positions = [t % c.seq_len for t in range(len(experts_TLA))]
         columns = zip(text.pieces, text.ids, positions, experts_TLA, weights_TLA, strict=False)
         tokens = [dict(zip(names, column, strict=True)) for column in columns]
-        shown.append({"source": text.source + cut_note(text, most), "tokens": tokens})
-    data = {"n_experts": config.n_experts, "palette": PALETTE, "layers": [*layers.values()]}
+        source = text.source + cut_note(text, most)
+        shown.append({"source": source, "n_prompt": text.n_prompt, "tokens": tokens})
+    router = f"{c.n_experts} experts a layer, {c.n_active} for each token, router {c.router}"
+    about = f"{model}: {c.n_layers} layers, {router}."
+    data = {"about": about, "n_experts": c.n_experts, "palette": PALETTE}
+    data["layers"] = [*layers.values()]
     # Without a "<" no text can end the script that the data is in.
     safe = json.dumps({**data, "start": start, "texts": shown}).replace("<", "\\u003c")
     return PAGE.read_text(encoding="ascii").replace("DATA", safe)

@@ -24,6 +24,7 @@ from data.exchange.load import import_safetensors, load
 from data.foreign import tokenizer_files
 from data.run.files import flush_folder
 from data.run.flags import OneLineParser, one_line_errors
+from data.run.routers import router_name
 
 
 def export(model, tokenizer, out: str | os.PathLike, shard_bytes=5 * 10**9, dtype="fp32") -> None:
@@ -113,6 +114,8 @@ def main() -> None:
     parser = OneLineParser("data/exchange/export.py", description=description)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="such as runs/stories/best.pt")
     parser.add_argument("folder", metavar="FOLDER", help="a new folder, or a new file NAME.gguf")
+    own = "the model's router, if it is one of your own"
+    parser.add_argument("--router", metavar="FILE.py", type=router_name, help=own)
     parser.add_argument("--dtype", choices=[*FORMATS], help="of the weights")
     args = parser.parse_args()
     is_gguf = args.folder.endswith(".gguf")

@@ -17,6 +17,7 @@ import lamoe
 from data.foreign import tokenizer_from_state
 from data.run.files import replacing
 from data.run.flags import first_line
+from data.run.routers import check_router
 
 
 def save(path, checkpoint: dict) -> None:
@@ -88,6 +89,7 @@ def check_parts(checkpoint, size: int) -> None:
 
 def build(checkpoint: dict, path):
     """(model, tokenizer or None) from what `read` returned; path is for the messages."""
+    check_router(checkpoint["config"], path)
     try:
         config = lamoe.Config(**checkpoint["config"])
         check_shapes(config, checkpoint["model"])

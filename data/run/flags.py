@@ -33,11 +33,12 @@ def number(kind, fits, must: str):
     return check
 
 
-def add_flags(parser, cls, defaults: dict, choices: dict) -> None:
+def add_flags(parser, cls, defaults: dict, choices: dict, types: dict) -> None:
     """A flag for each field of a dataclass; one that is not given is absent from the result.
 
-    The comment behind a field is the help of its flag, without references such as [2]. Both dicts
-    are for the help: the default that a run really has, and the names that a field may have.
+    The comment behind a field is the help of its flag, without references such as [2]. Two dicts
+    are for the help: the default that a run really has, and the names that a field may have. types:
+    what reads the text of a flag, where the type of its field does not.
     """
     group = parser.add_argument_group(cls.__name__)
     comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.M))
@@ -51,7 +52,8 @@ def add_flags(parser, cls, defaults: dict, choices: dict) -> None:
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:  # of `int | None` the int
-            options["type"] = (*typing.get_args(field.type), field.type)[0]
+            kind = (*typing.get_args(field.type), field.type)[0]
+            options["type"] = types.get(field.name, kind)
         group.add_argument(f"--{field.name}", **options)
 
 

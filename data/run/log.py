@@ -20,8 +20,9 @@ import lamoe
 from data.run import ranks
 from data.run.files import first_free, write_text
 
-COLUMNS = "step tokens train_loss val_loss val_bits_per_byte lr grad_norm aux".split()
-COLUMNS += "load_max_over_mean dead_experts dropped tokens_per_s seconds".split()
+COLUMNS = "step tokens flops train_loss val_loss val_bits_per_byte lr grad_norm".split()
+COLUMNS += "aux balance z load_max_over_mean load_min_over_mean dead_experts dropped".split()
+COLUMNS += ["tokens_per_s", "seconds"]
 
 
 def print_line(text: str) -> None:
@@ -42,8 +43,8 @@ class Meter:
     def __init__(self, model: lamoe.LaMoE):
         c, device = model.config, model.embed.weight.device
         self.layers = model.sparse_layers
-        # micro-steps, loss, aux, dropped, and the last gradient norm
-        self.scalars = torch.zeros(5, device=device)
+        # micro-steps, loss, aux, dropped, the last gradient norm, and z, a part of aux
+        self.scalars = torch.zeros(6, device=device)
         self.load = torch.zeros(len(self.layers), c.n_experts, device=device)
 
     @torch.no_grad()
@@ -51,6 +52,7 @@ class Meter:
         """Counts a micro-step."""
         one = torch.ones_like(out.loss)
         self.scalars[:4] += torch.stack([one, out.loss, out.aux, out.dropped])
+        self.scalars[5] += out.z
         self.load += out.load  # already that of all ranks
 
     def add_norm(self, norm: torch.Tensor) -> None:
@@ -64,11 +66,13 @@ class Meter:
 
     def row(self) -> dict:
         """Columns of the log; a dense model has no load."""
-        n, loss, aux, dropped, norm = lamoe.global_mean(self.scalars).tolist()
+        n, loss, aux, dropped, norm, z = lamoe.global_mean(self.scalars).tolist()
         row = {"train_loss": loss / n, "aux": aux / n, "dropped": dropped / n, "grad_norm": norm}
+        row |= {"balance": (aux - z) / n, "z": z / n}
         if self.load.numel():
             share = self.share()
             row["load_max_over_mean"] = share.max().item()
+            row["load_min_over_mean"] = share.min().item()
             row["dead_experts"] = int((share < 0.01).sum())
         return row
 
@@ -87,6 +91,7 @@ class Log:
     def __init__(self, run):
         self.run, self.usual_loss, self.before = run, None, dict(run.done)
         self.best_speed = 0.0  # [tokens per second]
+        self.flops_per_token = lamoe.flops_per_token(run.model)
         if ranks.RANK == 0:
             names, step = run.data.corpus.sources, run.done["step"]
             sources = [f"val_bpb_{name}" for name in names if len(names) > 1]
@@ -101,6 +106,7 @@ class Log:
         seconds = run.done["seconds"] - self.before["seconds"]
         speed = (step - self.before["step"]) * tokens / seconds
         row |= {"tokens": step * tokens, "tokens_per_s": speed, "seconds": run.done["seconds"]}
+        row["flops"] = float(step * tokens * self.flops_per_token)
         self.before = dict(run.done)
         if ranks.RANK == 0:
             self.rows.write(row)

@@ -30,6 +30,11 @@ def introduce(run) -> None:
         f"{settings.device} in {settings.dtype}, preset {settings.preset}; about "
         f"{memory / 1e9 + 0.4:.1f} GB"
     )
+    if c.n_experts > 1 and c.router == "topk" and c.top_k == 1:
+        print_line(
+            "           the weight of one expert alone is always 1, so the loss teaches this"
+        )
+        print_line("           router nothing; try --router switch, or --top_k 2")
     files = "log.csv, last.pt, best.pt"
     print_line(f"run        {run.folder}: {files}; Ctrl-C saves, --resume goes on")
     loss = f"ln({c.vocab_size}) = {math.log(c.vocab_size):.2f}"
@@ -70,7 +75,9 @@ def summarize(run, evaluate) -> None:
     print_line(f"best       {best}, at step {run.done['best_step']}")
     print_line(f"           ({anywhere:.4f} when windows are cut anywhere, not at documents)")
     if shares := by_source(score, data):
-        print_line("by source  " + "  ".join(f"{name} {bits:.4f}" for name, bits in shares.items()))
+        floors = {name: f" (floor {bits:.4f})" for name, bits in data.corpus.floors.items()}
+        each = (f"{name} {bits:.4f}{floors.get(name, '')}" for name, bits in shares.items())
+        print_line("by source  " + "  ".join(each))
     if data.corpus.floor:
         print_floor(score, data.corpus)
     opening = "Once, upon a time" if settings.data == "stories" else "\n"

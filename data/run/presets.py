@@ -10,6 +10,7 @@ import math
 import lamoe
 from data.run import machine
 from data.run.flags import OneLineParser, add_flags, pick_device
+from data.run.routers import router_name
 
 LAPTOP = {"qk_norm": True}
 GPU = {**LAPTOP, "steps": 1200, "batch_size": 64, "compile": True, "draw_mb": 64}
@@ -42,6 +43,9 @@ PLACES = {"out", "device", "compile", "fsdp"}
 # Fields of lamoe.Config on which no weight depends: free to differ from the model of --init.
 FREE = "seq_len dropout balance_weight z_weight capacity_factor eval_capacity_factor jitter".split()
 FREE += ["bias_rate", "sequence_weight"]
+# Fields in which a sparse model may differ from the dense one that it is made of.
+SPARSE = "n_experts top_k router n_shared_experts n_dense_layers n_groups top_groups".split()
+SPARSE += ["routed_scale", "hidden_dim"]
 
 
 def parse(description: str, train_config, arguments: list[str] | None = None) -> dict:
@@ -53,7 +57,8 @@ def parse(description: str, train_config, arguments: list[str] | None = None) ->
     parser.add_argument("--plot", nargs="+", metavar="RUN", help=plot)
     by_text = {name: "by the size of the text" for _, settings in TEXTS for name in settings}
     for cls in (train_config, lamoe.Config):
-        add_flags(parser, cls, LAPTOP | by_text, {"router": sorted(lamoe.ROUTERS)})
+        routers = {"router": [*sorted(lamoe.ROUTERS), "FILE.py with one of your own"]}
+        add_flags(parser, cls, LAPTOP | by_text, routers, {"router": router_name})
     flags = vars(parser.parse_args(arguments))
     by_preset = [name for name in ("steps", "draw_mb") if flags.get(name) == 0]
     return {name: value for name, value in flags.items() if name not in by_preset}
@@ -102,6 +107,8 @@ def resolve_config(train_config, flags: dict, corpus, init=None, tokenizer=None)
 def fields_of_init(init: lamoe.Config, seq_len: int, flags: dict) -> dict:
     """The fields of the model to start from, its context cut to seq_len; flags may change FREE."""
     fields = {**dataclasses.asdict(init), "seq_len": min(seq_len, init.seq_len)}
+    if init.n_experts == 1 and flags.get("n_experts", 1) > 1:
+        fields |= fields_of_experts(init, flags)
     if "tokenizer" in flags:
         raise ValueError(f"--tokenizer: {flags['init']} brings its own; leave it out")
     for name, value in flags.items():
@@ -114,6 +121,27 @@ def fields_of_init(init: lamoe.Config, seq_len: int, flags: dict) -> dict:
             f"--seq_len {flags['seq_len']} is more than the {init.seq_len} positions that "
             f"{flags['init']} knows; try --seq_len {init.seq_len}"
         )
+    return fields
+
+
+def fields_of_experts(init: lamoe.Config, flags: dict) -> dict:
+    """The fields of the sparse model that a dense one becomes: see data/exchange/upcycle.py."""
+    defaults = {field.name: field.default for field in dataclasses.fields(lamoe.Config)}
+    fields = {name: defaults[name] for name in SPARSE} | {"hidden_dim": init.hidden_dim}
+    fields |= {name: flags[name] for name in SPARSE if name in flags}
+    wide, slices = fields["hidden_dim"], init.hidden_dim // max(1, fields["hidden_dim"])
+    if wide < 1 or init.hidden_dim % wide:
+        raise ValueError(
+            f"--hidden_dim {wide} does not divide the {init.hidden_dim} hidden units of "
+            f"{flags['init']}; leave it out, or try --hidden_dim {init.hidden_dim // 2}"
+        )
+    fields |= {} if "top_k" in flags else {"top_k": max(2, slices)}
+    for name in ("n_experts", "top_k"):
+        if value := fields[name] % slices:
+            raise ValueError(
+                f"--{name} {fields[name]} is no multiple of {slices}: experts of {wide} hidden "
+                f"units are {slices} to a copy; try --{name} {fields[name] - value + slices}"
+            )
     return fields
 
 

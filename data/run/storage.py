@@ -15,6 +15,7 @@ from data.run.files import first_free, lock_folder, make_folder, remove_leftover
 from data.run.flags import first_line
 from data.run.log import print_line
 from data.run.presets import PLACES
+from data.run.routers import UnknownRouter
 
 RUN_FILES = ("last.pt", "best.pt", "log.csv", "load.csv")
 NOTHING_DONE = {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
@@ -110,6 +111,7 @@ def save_run(run, name: str) -> None:
         "given": {k: v for k, v in run.flags.items() if k not in PLACES},
         "tokenizer": run.data.tokenizer.state(),
         "text": run.data.corpus.key,  # what it trains on: a resume notices another text
+        "floor": run.data.corpus.floor,  # of the loss, for pictures
         "model": ranks.full_state(run.model.state_dict()),
         "done": run.done,
     }
@@ -141,6 +143,8 @@ def read_run(folder, train_config) -> dict | None:
             raise ValueError(f"{path} is from another version of train.py")
         train_config(**saved["train_config"])
         return {**saved, "tokenizer": tokenizer}
+    except UnknownRouter:
+        raise
     except (ValueError, TypeError) as error:
         print_line(f"resume     {error}")
         return None
@@ -173,7 +177,7 @@ def restore(saved: dict, run) -> None:
                     if value.shape not in ((), weight.shape):
                         raise ValueError(f"{name} of shape {[*value.shape]}")
                     values[name] = ranks.shard_like(weight, value)
-        run.meter.scalars.copy_(saved["meter"][0])
+        run.meter.scalars[: len(saved["meter"][0])].copy_(saved["meter"][0])  # an old one has five
         run.meter.load.copy_(saved["meter"][1])
         torch.set_rng_state(saved["rng"])
         if "cuda_rng" in saved and torch.cuda.is_available():

@@ -12,10 +12,11 @@ language model, because what a token gets then depends on later ones.
 Tests. Three tokens by hand; a small model learns; later tokens change no earlier logit.
 
 Hint. lamoe.choose sorts for you. A slot is kept if the sum *before* it has not reached P:
-cumsum minus itself. self.load also takes a flat tensor. The loss may stay 0.
+cumsum minus itself. self.load counts choices; one of expert -1 is no expert's. The loss may stay 0.
 
 Run:    pytest tests/exercises/test_6_router.py
-Answer: tests/test_exercises.py, `TopP`; its nearest relative is `TopK` in lamoe.py, section 5.
+Answer: tests/routers/top_p.py, beside two other kinds of router; `python train.py --router FILE.py`
+trains with such a file. Its nearest relative is `TopK` in lamoe.py, section 5.
 """
 
 from unittest.mock import patch
