@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 import lamoe
-from data.exchange.huggingface import FAMILIES, dense_layers, family_of, from_hf_config, hf_tensors
+from data.exchange.huggingface import (
+    FAMILIES,
+    as_stored,
+    dense_layers,
+    family_of,
+    from_hf_config,
+    hf_tensors,
+)
 from data.foreign import load_tokenizer
 from data.run import checkpoint
 
@@ -107,8 +114,9 @@ class NoInit(torch.overrides.TorchFunctionMode):
 
 def reserve(c: lamoe.Config, dense: list[int], files: dict, device: str, dtype) -> lamoe.LaMoE:
     """A model for the tensors in these files, which are not read yet; dtype as for `load`."""
-    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in files)
-    if c.n_layers * (1 if fused else c.n_experts) > len(files):
+    family = as_stored(FAMILIES[family_of(c, dense)], files)
+    is_apart = len(family.parts) == 3 and not family.is_stacked
+    if c.n_layers * (c.n_experts if is_apart else 1) > len(files):
         raise ValueError(f"{c.n_layers} layers of {c.n_experts} experts are not in its files")
     stored = {name: file.get_slice(name).get_dtype() for name, file in files.items()}
     is_bf16 = stored["model.embed_tokens.weight"] == "BF16"
@@ -121,10 +129,12 @@ def reserve(c: lamoe.Config, dense: list[int], files: dict, device: str, dtype) 
         torch.set_default_dtype(before)
     if c.n_experts > 1 and dense_layers(model) != dense:
         raise ValueError(f"mlp_only_layers={dense} is not supported, only {dense_layers(model)}")
-    ffn = "mlp" if fused else FAMILIES[family_of(c, dense)].ffn
-    for i, block in enumerate(model.blocks):  # a router computes in fp32: if stored so, it stays so
-        if stored.get(f"model.layers.{i}.{ffn}.gate.weight") == "F32":
-            block.ffn.router.float()
+    for i in model.sparse_layers:  # a router computes in fp32: if stored so, it stays so
+        router, name = model.blocks[i].ffn.router, f"{family.ffn}.{family.router}.weight"
+        if stored.get(f"model.layers.{i}.{name}") == "F32":
+            router.float()
+        for name, buffer in router.named_buffers():  # a bias moves in steps too small for bf16
+            setattr(router, name, buffer.float())
     check_tensors(hf_tensors(model, files), files, c.tie_embeddings)
     return model
 
