@@ -125,7 +125,7 @@ def randomise(module, seed=0):
         for weight in module.parameters():
             noise = torch.randn(weight.shape, generator=generator)
             is_norm = weight.dim() == 1
-            weight.copy_(1 + 0.3 * noise if is_norm else noise * weight.shape[-1] ** -0.5)
+            weight.copy_(1 + 0.3 * noise if is_norm else noise * max(1, weight.shape[-1]) ** -0.5)
     return module
 
 

@@ -46,9 +46,10 @@ class Family(NamedTuple):
 
 
 NO_WINDOW = {"use_sliding_window": False}
-NO_SHARED = {"shared_intermediate_size": 0}
-PARTIAL_ROPE = {"partial_rotary_factor": 0.5, "first_k_dense_replace": 1, "use_qk_norm": False}
-MIXED_LAYERS = {"layer_types": "those of Lara", "sliding_window": 512}
+GRANITE = {"attention_multiplier": 1.0, "shared_intermediate_size": 0}
+PARTIAL_ROPE = {"partial_rotary_factor": 0.5, "first_k_dense_replace": 1}
+LARA = {"layer_types": "a mixture", "sliding_window": 512, "head_dim": 128}
+LARA["tie_word_embeddings"] = True
 W123, IN_OUT = ("w1", "w3", "w2"), ("input_linear", "output_linear")
 FAMILIES = {  # model_type -> family; mistral is a llama with other defaults, and only read
     "llama": Family("LlamaForCausalLM", KEYS, {"num_key_value_heads": None}),
@@ -58,11 +59,11 @@ FAMILIES = {  # model_type -> family; mistral is a llama with other defaults, an
     "qwen3_moe": Family("Qwen3MoeForCausalLM", QWEN3_MOE, {**NO_WINDOW, "norm_topk_prob": False}),
     "glm4_moe": Family("Glm4MoeForCausalLM", GLM4_MOE, PARTIAL_ROPE, shared="mlp.shared_experts"),
     "granitemoeshared": Family(
-        *("GraniteMoeSharedForCausalLM", MIXTRAL, NO_SHARED, "block_sparse_moe", IN_OUT),
+        *("GraniteMoeSharedForCausalLM", MIXTRAL, GRANITE, "block_sparse_moe", IN_OUT),
         *("router.layer", "shared_mlp", "shared_intermediate_size"),
     ),
     "lara_mini": Family(
-        *("LaraMiniForCausalLM", QWEN3_MOE, MIXED_LAYERS),
+        *("LaraMiniForCausalLM", QWEN3_MOE, LARA),
         shared="mlp.shared_expert",
         shared_width="shared_expert_intermediate_size",
         is_stacked=True,
