@@ -133,6 +133,14 @@ def random_model(config, seed=0):
     return randomise(lamoe.LaMoE(config), seed).eval()
 
 
+def with_biases(model, name):
+    """Biases of deepseek's routers as training leaves them: they decide, and are no parameters."""
+    for i, (path, buffer) in enumerate(model.named_buffers()):
+        if path.endswith(f".{name}"):
+            buffer += torch.randn(buffer.shape, generator=torch.Generator().manual_seed(i))
+    return model
+
+
 def random_ids(config, *shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(config.vocab_size, shape, generator=generator)

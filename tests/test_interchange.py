@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 import torch
 from bench_bpe import fuzz_text
-from conftest import assert_close, import_oracle, random_ids, random_model, randomise, small_config
+from conftest import (
+    assert_close,
+    import_oracle,
+    random_ids,
+    random_model,
+    randomise,
+    small_config,
+    with_biases,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_run import TINY, call, make_text
@@ -112,14 +120,6 @@ def random_theirs(config, **more):
     their_config = transformers.AutoConfig.for_model(**fields)
     twin = randomise(transformers.AutoModelForCausalLM.from_config(their_config)).eval()
     return with_biases(twin, "e_score_correction_bias")
-
-
-def with_biases(model, name):
-    """Biases of deepseek's routers as training leaves them: they decide, and are no parameters."""
-    for i, (path, buffer) in enumerate(model.named_buffers()):
-        if path.endswith(f".{name}"):
-            buffer += torch.randn(buffer.shape, generator=torch.Generator().manual_seed(i))
-    return model
 
 
 def save_tokenizer(tokenizer, folder):

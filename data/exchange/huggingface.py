@@ -84,12 +84,23 @@ def dense_layers(model: LaMoE) -> list[int]:
     return [i for i, block in enumerate(model.blocks) if isinstance(block.ffn, SwiGLU)]
 
 
+def reason_against(c: Config) -> str:
+    """Why no other program computes these experts, "" if some do."""
+    if c.router not in ("topk", "noisy", "switch", "deepseek"):
+        return f"nobody routes like router={c.router!r}; train with --router topk"
+    if c.router == "switch" and c.eval_capacity_factor is not None:
+        return "nobody has a capacity; train without --eval_capacity_factor"
+    if c.router == "deepseek" and c.top_groups < c.n_groups == c.n_experts:
+        return "nobody has groups of one expert; train with --n_groups 1 --top_groups 1"
+    return ""
+
+
 def family_of(c: Config, dense: list[int]) -> str:
     """The model_type that computes what a model of this config and these dense layers does.
 
     ValueError with the reason if there is none. In evaluation `noisy` is `topk`.
     """
-    reason, is_first = None, dense == [*range(len(dense))]
+    reason = reason_against(c) if c.n_experts > 1 else ""
     if c.n_experts == 1:
         model_type = "qwen3" if c.qk_norm else "llama"
     elif c.router == "deepseek":
@@ -101,18 +112,12 @@ def family_of(c: Config, dense: list[int]) -> str:
     name = FAMILIES[model_type].architecture.removesuffix("ForCausalLM")
     if model_type == "llama" and c.dim % c.n_heads:  # transformers 5 insists
         reason = f"a Llama's dim={c.dim} is a multiple of n_heads={c.n_heads}; train with --qk_norm"
-    elif c.n_experts > 1 and c.router not in ("topk", "noisy", "switch", "deepseek"):
-        reason = f"no family routes like router={c.router!r}; train with --router topk"
     elif c.n_experts > 1 and c.router == "switch" and not c.qk_norm:
         reason = f"{name} has weights that sum to 1, and router='switch' not; train with --qk_norm"
-    elif c.router == "switch" and c.eval_capacity_factor is not None:
-        reason = "no family has a capacity; train with --eval_capacity_factor none"
-    elif model_type == "glm4_moe" and c.top_groups < c.n_groups == c.n_experts:
-        reason = f"{name} has no groups of one expert; train with --n_groups 1 --top_groups 1"
     elif model_type in ("mixtral", "granitemoeshared", "lara_mini") and dense:
         remedy = ", or --qk_norm" if model_type == "mixtral" else ""
         reason = f"{name} has no dense layers; train with --n_dense_layers 0{remedy}"
-    elif model_type == "glm4_moe" and not is_first:
+    elif model_type == "glm4_moe" and dense != [*range(len(dense))]:
         reason = f"{name}'s dense layers are its first, not {dense}"
     if reason:
         raise ValueError(f"no Hugging Face folder can hold this model: {reason}")
