@@ -1131,7 +1131,7 @@ def test_what_default_training_makes_exports_and_talks_the_same(run_folder, caps
     assert call(program, run_folder / "run/best.pt", "folder") == 0
     model, tokenizer = load(run_folder / "run/best.pt")
     ends = json.loads(Path("folder/generation_config.json").read_text())
-    assert ends == {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    assert ends == dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot, pad_token_id=255)
     twin = theirs("folder")
     assert type(twin).__name__ == "Qwen3MoeForCausalLM"
     assert_same_logits(model, twin)
@@ -1341,3 +1341,42 @@ def test_a_run_can_start_from_our_own_checkpoint_and_its_mistakes_are_named(run_
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and all(word in message for word in words), message
     assert not Path("other").exists()
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_transformers_fills_batches_with_a_token_that_no_text_has(kind, tok):
+    tokenizer = tok if kind == "bpe" else Tokenizer([])
+    model = random_model(small_config(vocab_size=tokenizer.vocab_size, seq_len=64, qk_norm=True))
+    export(model, tokenizer, "folder")
+    auto = import_oracle("transformers").AutoTokenizer.from_pretrained(
+        "folder", padding_side="left"
+    )
+    assert len(auto) == tokenizer.vocab_size and auto.pad_token_id == 255 != auto.eos_token_id
+    rng, texts = random.Random(1), ["ÿ <|pad|> \xff", "Ā"]
+    texts += [fuzz_text(rng) for _ in range(500)]
+    for text, ids in zip(texts, auto(texts)["input_ids"], strict=True):
+        assert ids == tokenizer.encode(text) and 255 not in ids and auto.decode(ids) == text
+    texts, twin = ["Once", "Once, upon a time"], theirs("folder")
+    # transformers 5.24 can't count a batch's balance loss while it generates.
+    options = dict(max_new_tokens=9, do_sample=False, output_router_logits=False)
+    batch = twin.generate(**auto(texts, padding=True, return_tensors="pt"), **options)
+    alone = [twin.generate(**auto(text, return_tensors="pt"), **options)[0] for text in texts]
+    for row, one in zip(batch, alone, strict=True):  # of a whole batch, the longest ends last
+        kept = [i for i in row.tolist() if i != 255]
+        assert kept == one.tolist()[: len(kept)]
+
+
+@pytest.mark.oracle
+def test_with_add_bos_tokenizers_there_begin_a_text_as_prompts_do_here(tok, run_folder):
+    transformers = import_oracle("transformers")
+    assert call(program, run_folder / "run/best.pt", "folder", "--add_bos") == 0
+    auto, ours = transformers.AutoTokenizer.from_pretrained("folder"), load("folder")[1]
+    assert type(ours) is Tokenizer and ours.start == [ours.eot]
+    for text in ("", "Once", f"a{SPECIAL}b"):
+        assert auto(text)["input_ids"] == [ours.eot, *ours.encode(text)]
+        assert auto(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+    auto.save_pretrained("again")
+    shutil.copy("folder/config.json", "again")
+    shutil.copy("folder/model.safetensors", "again")
+    assert type(load("again")[1]) is Tokenizer

@@ -18,6 +18,7 @@ from torch import Tensor
 if __package__ in (None, ""):  # run as a script: let it find lamoe and data, not its neighbours
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from bpe import Tokenizer
 from data.exchange.gguf_file import FORMATS, write_gguf
 from data.exchange.huggingface import FAMILIES, dense_layers, family_of, hf_tensors, to_hf_config
 from data.exchange.load import import_safetensors, load
@@ -25,13 +26,18 @@ from data.foreign import tokenizer_files
 from data.run.files import flush_folder
 from data.run.flags import OneLineParser, one_line_errors
 
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-def export(model, tokenizer, out: str | os.PathLike, shard_bytes=5 * 10**9, dtype="fp32") -> None:
+
+def export(
+    model, tokenizer, out: str | os.PathLike, shard_bytes=5 * 10**9, dtype="fp32", add_bos=False
+) -> None:
     """Writes a folder that transformers opens: config, weights, and the tokenizer if not None.
 
     The folder is new or empty, and appears complete: it is written under another name first.
     ValueError if no family of transformers computes what this model does. An `out` that ends in
-    .gguf is a file for llama.cpp instead, with its numbers in dtype: see gguf_file.py.
+    .gguf is a file for llama.cpp instead, with its numbers in dtype: see gguf_file.py. add_bos: of
+    tokenizer_files.
     """
     folder, c = Path(out), model.config
     if folder.suffix == ".gguf":
@@ -43,7 +49,7 @@ def export(model, tokenizer, out: str | os.PathLike, shard_bytes=5 * 10**9, dtyp
         raise ValueError(f"{sizes}; export them as they were trained")
     safetensors = import_safetensors()
     texts, shards = config_files(model, tokenizer), shard(hf_tensors(model), shard_bytes)
-    texts |= tokenizer_files(tokenizer) if tokenizer else {}
+    texts |= tokenizer_files(tokenizer, add_bos) if tokenizer else {}
     if len(shards) > 1:
         size = sum(tensor.nbytes for part in shards.values() for tensor in part.values())
         weight_map = {name: file for file, part in shards.items() for name in part}
@@ -90,7 +96,9 @@ def config_files(model, tokenizer) -> dict[str, str]:
     if tokenizer:
         config["eos_token_id"] = tokenizer.stops if tokenizer.stops[1:] else tokenizer.eot
         config["bos_token_id"] = tokenizer.start[0] if tokenizer.start else None
-    ends = {key: id_ for key, id_ in config.items() if key in ("bos_token_id", "eos_token_id")}
+    if isinstance(tokenizer, Tokenizer):
+        config["pad_token_id"] = 255  # the byte that is in no text: see tokenizer_json
+    ends = {key: config[key] for key in ENDS if key in config}
     contents = {"config.json": config, "generation_config.json": ends}
     return {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}
 
@@ -114,6 +122,8 @@ def main() -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="such as runs/stories/best.pt")
     parser.add_argument("folder", metavar="FOLDER", help="a new folder, or a new file NAME.gguf")
     parser.add_argument("--dtype", choices=[*FORMATS], help="of the weights")
+    begin = "tokenizers there begin a text with <|endoftext|>, as prompts do here"
+    parser.add_argument("--add_bos", action="store_true", help=begin)
     args = parser.parse_args()
     is_gguf = args.folder.endswith(".gguf")
     if args.dtype == "q8_0" and not is_gguf:
@@ -121,7 +131,7 @@ def main() -> None:
     with one_line_errors():
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.dtype)  # None: as it is
         model, tokenizer = load(args.checkpoint, dtype=dtype)
-        export(model, tokenizer, args.folder, dtype=args.dtype or "fp32")
+        export(model, tokenizer, args.folder, dtype=args.dtype or "fp32", add_bos=args.add_bos)
     if is_gguf:
         return print(f"{args.folder}: llama.cpp, Ollama and LM Studio open it")
     architecture = FAMILIES[family_of(model.config, dense_layers(model))].architecture
