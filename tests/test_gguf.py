@@ -200,8 +200,9 @@ def test_the_command_writes_one_file_and_never_over_another(tok, capsys):
     for arguments in (
         ["best.pt", "folder", "--dtype", "q8_0"],
         ["best.pt", "m.gguf", "--dtype", "x"],
+        ["best.pt", "m.gguf", "--family", "qwen3_next"],
     ):
         assert call(program, *arguments) == 2
-        assert "--dtype" in capsys.readouterr().err
+        assert arguments[2] in capsys.readouterr().err
     assert call(program, "best.pt", "folder", "--dtype", "bf16") == 0
     assert load("folder")[0].embed.weight.dtype == torch.bfloat16

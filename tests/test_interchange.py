@@ -321,6 +321,65 @@ def test_llama_3s_rope_has_two_spellings():
 
 
 @pytest.mark.oracle
+@few
+@given(data=st.data())
+def test_shared_experts_become_a_qwen3_next_with_closed_gates(data):
+    fields = data.draw(shapes("lara_mini"))
+    fields |= dict(n_dense_layers=data.draw(st.integers(0, 1)))
+    model = random_model(lamoe.Config(**fields), seed=1)
+    export(model, None, fresh(), family="qwen3_next")
+    twin, again = theirs("folder"), load("folder")[0]
+    assert twin.config.model_type == "qwen3_next"
+    assert_same_logits(model, twin)
+    assert_same_logits(again, twin)
+    for name, weight in again.named_parameters():
+        original = model.get_parameter(name)
+        assert torch.equal(weight, original) or ("norm" in name and weight.allclose(original))
+    twin.save_pretrained(fresh("again"))
+    assert_same_logits(model, load("again")[0])
+
+
+@pytest.mark.oracle
+def test_a_qwen3_next_talks_as_ours_and_is_refused_once_its_gates_are_open():
+    shape = dict(qk_norm=True, n_shared_experts=1, seq_len=64, vocab_size=50)
+    model = random_model(small_config(**shape), seed=3)
+    export(model, None, "folder", family="qwen3_next")
+    ids_BT = random_ids(model.config, 1, 4)
+    ours = torch.stack(list(model.generate(ids_BT, 50, temperature=0)), dim=1)
+    options = dict(max_new_tokens=50, do_sample=False, pad_token_id=0)
+    options["attention_mask"] = torch.ones_like(ids_BT)
+    twin = theirs("folder")
+    assert torch.equal(ours, twin.generate(ids_BT, **options)[:, 4:])
+    for name in ("mlp.shared_expert_gate.weight", "self_attn.q_proj.weight"):
+        changed = theirs("folder")
+        with torch.no_grad():
+            changed.get_parameter(f"model.layers.1.{name}")[-1, -1] = 1e-3
+        changed.save_pretrained(fresh("open"))
+        assert_refused([f"model.layers.1.{name}", "gate"], lambda: load("open"))
+    for changes, words in (
+        (dict(layer_types=["full_attention", "linear_attention"]), ["linear_attention"]),
+        (dict(layer_types=None), ["layer_types"]),
+        (dict(rope_parameters=None, partial_rotary_factor=None), ["partial_rotary_factor=0.25"]),
+    ):
+        export(model, None, fresh(), family="qwen3_next")
+        edit_config("folder", **changes)
+        assert_refused(words)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_qwen3_next_comes_back_bit_for_bit_where_its_norms_are_near_1(dtype):
+    shape = dict(qk_norm=True, n_shared_experts=1)
+    model = random_model(small_config(**shape)).to(dtype)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data.clamp_(0.5, 2)
+    export(model, None, "folder", family="qwen3_next")
+    again = load("folder")[0]
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, again.get_parameter(name)), name
+
+
+@pytest.mark.oracle
 @pytest.mark.parametrize("n_layers", [1, 3])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_training_an_export_there_asks_for_as_much_balance_as_here(kind, n_layers):
@@ -552,6 +611,14 @@ def test_a_model_that_no_family_expresses_is_refused_with_the_reason(fields, wor
     model = random_model(small_config(**fields))
     assert_refused(words, lambda: export(model, None, "folder"))
     assert not Path("folder").exists()
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(qk_norm=True), dict(n_shared_experts=1), dict(n_experts=1, qk_norm=True)]
+)
+def test_qwen3_next_is_refused_for_a_model_without_what_it_is_for(fields):
+    model, words = random_model(small_config(**fields)), ["qwen3_next", "shared experts"]
+    assert_refused(words, lambda: export(model, None, "folder", family="qwen3_next"))
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ if __package__ in (None, ""):  # run as a script: let it find lamoe and data, no
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from bpe import Tokenizer
+from data.exchange.gates import close
 from data.exchange.gguf_file import FORMATS, write_gguf
 from data.exchange.huggingface import FAMILIES, dense_layers, family_of, hf_tensors, to_hf_config
 from data.exchange.load import import_safetensors, load
@@ -30,14 +31,15 @@ ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export(
-    model, tokenizer, out: str | os.PathLike, shard_bytes=5 * 10**9, dtype="fp32", add_bos=False
-) -> None:
+    model, tokenizer, out: str | os.PathLike, shard_bytes=5 * 10**9, dtype="fp32", add_bos=False,
+    family: str | None = None,
+) -> None:  # fmt: skip
     """Writes a folder that transformers opens: config, weights, and the tokenizer if not None.
 
     The folder is new or empty, and appears complete: it is written under another name first.
     ValueError if no family of transformers computes what this model does. An `out` that ends in
     .gguf is a file for llama.cpp instead, with its numbers in dtype: see gguf_file.py. add_bos: of
-    tokenizer_files.
+    tokenizer_files. family: qwen3_next (gates.py), or None for the one that is closest.
     """
     folder, c = Path(out), model.config
     if folder.suffix == ".gguf":
@@ -48,7 +50,9 @@ def export(
         sizes = f"the tokenizer has {tokenizer.vocab_size} ids and the model {c.vocab_size}"
         raise ValueError(f"{sizes}; export them as they were trained")
     safetensors = import_safetensors()
-    texts, shards = config_files(model, tokenizer), shard(hf_tensors(model), shard_bytes)
+    tensors = hf_tensors(model, asked=family)
+    shards = shard(close(tensors, c) if family else tensors, shard_bytes)
+    texts = config_files(model, tokenizer, family)
     texts |= tokenizer_files(tokenizer, add_bos) if tokenizer else {}
     if len(shards) > 1:
         size = sum(tensor.nbytes for part in shards.values() for tensor in part.values())
@@ -76,11 +80,11 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def config_files(model, tokenizer) -> dict[str, str]:
+def config_files(model, tokenizer, family: str | None) -> dict[str, str]:
     """{file name: text} of config.json and generation_config.json."""
     c, dense, dtype = model.config, dense_layers(model), model.embed.weight.dtype
-    config = {"architectures": [FAMILIES[family_of(c, dense)].architecture]}
-    config |= to_hf_config(c, dense)
+    config = {"architectures": [FAMILIES[family_of(c, dense, family)].architecture]}
+    config |= to_hf_config(c, dense, family)
     for i in dense:
         width = model.blocks[i].ffn.down_proj.weight.shape[1]
         if width != config["intermediate_size"]:
@@ -124,17 +128,23 @@ def main() -> None:
     parser.add_argument("--dtype", choices=[*FORMATS], help="of the weights")
     begin = "tokenizers there begin a text with <|endoftext|>, as prompts do here"
     parser.add_argument("--add_bos", action="store_true", help=begin)
+    known = "shared experts for vLLM and older transformers; to train on there, leave it out"
+    parser.add_argument("--family", choices=["qwen3_next"], help=known)
     args = parser.parse_args()
     is_gguf = args.folder.endswith(".gguf")
     if args.dtype == "q8_0" and not is_gguf:
         parser.error("--dtype q8_0 is for a file, NAME.gguf; a folder has fp32 or bf16")
+    if args.family and is_gguf:
+        parser.error(f"--family {args.family} is for a folder; leave it out")
     with one_line_errors():
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.dtype)  # None: as it is
         model, tokenizer = load(args.checkpoint, dtype=dtype)
-        export(model, tokenizer, args.folder, dtype=args.dtype or "fp32", add_bos=args.add_bos)
+        options = {"add_bos": args.add_bos, "family": args.family}
+        export(model, tokenizer, args.folder, dtype=args.dtype or "fp32", **options)
     if is_gguf:
         return print(f"{args.folder}: llama.cpp, Ollama and LM Studio open it")
-    architecture = FAMILIES[family_of(model.config, dense_layers(model))].architecture
+    model_type = family_of(model.config, dense_layers(model), args.family)
+    architecture = FAMILIES[model_type].architecture
     print(f"{args.folder}: a {architecture}; transformers opens it, and so does sample.py --model")
 
 

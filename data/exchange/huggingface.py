@@ -50,6 +50,7 @@ GRANITE = {"attention_multiplier": 1.0, "shared_intermediate_size": 0}
 PARTIAL_ROPE = {"partial_rotary_factor": 0.5, "first_k_dense_replace": 1}
 LARA = {"layer_types": "a mixture", "sliding_window": 512, "head_dim": 128}
 LARA["tie_word_embeddings"] = True
+QWEN3_NEXT = {"layer_types": "a mixture", "partial_rotary_factor": 0.25, "head_dim": 256}
 W123, IN_OUT = ("w1", "w3", "w2"), ("input_linear", "output_linear")
 FAMILIES = {  # model_type -> family; mistral is a llama with other defaults, and only read
     "llama": Family("LlamaForCausalLM", KEYS, {"num_key_value_heads": None}),
@@ -67,6 +68,11 @@ FAMILIES = {  # model_type -> family; mistral is a llama with other defaults, an
         shared="mlp.shared_expert",
         shared_width="shared_expert_intermediate_size",
         is_stacked=True,
+    ),
+    "qwen3_next": Family(
+        *("Qwen3NextForCausalLM", QWEN3_MOE, QWEN3_NEXT),
+        shared="mlp.shared_expert",
+        shared_width="shared_expert_intermediate_size",
     ),
 }
 LLAMA3_ROPE = {  # rope_table's constants in their words; the factor varies
@@ -95,13 +101,20 @@ def reason_against(c: Config) -> str:
     return ""
 
 
-def family_of(c: Config, dense: list[int]) -> str:
+def family_of(c: Config, dense: list[int], asked: str | None = None) -> str:
     """The model_type that computes what a model of this config and these dense layers does.
 
-    ValueError with the reason if there is none. In evaluation `noisy` is `topk`.
+    ValueError with the reason if there is none. In evaluation `noisy` is `topk`. asked: qwen3_next,
+    which see gates.py, or None.
     """
     reason = reason_against(c) if c.n_experts > 1 else ""
-    if c.n_experts == 1:
+    if asked:
+        fits = c.n_experts > 1 and c.n_shared_experts and c.qk_norm and c.router != "deepseek"
+        reason = reason or (
+            "" if fits else f"{asked} needs shared experts and qk_norm; leave it out"
+        )
+        model_type = asked
+    elif c.n_experts == 1:
         model_type = "qwen3" if c.qk_norm else "llama"
     elif c.router == "deepseek":
         model_type = "glm4_moe"
@@ -124,9 +137,10 @@ def family_of(c: Config, dense: list[int]) -> str:
     return model_type
 
 
-def to_hf_config(c: Config, dense: list[int]) -> dict:
+def to_hf_config(c: Config, dense: list[int], asked: str | None = None) -> dict:
     """The part of config.json that says what is computed, for transformers 4 and 5."""
-    model_type, values = family_of(c, dense), {**dataclasses.asdict(c), "head_dim": c.head_size}
+    model_type = family_of(c, dense, asked)
+    values = {**dataclasses.asdict(c), "head_dim": c.head_size}
     family, shared_dim = FAMILIES[model_type], c.n_shared_experts * c.hidden_dim
     values |= {"top_k": c.n_active, "n_dense_layers": len(dense)}
     if c.top_groups == c.n_groups:  # all of them
@@ -146,18 +160,22 @@ def to_hf_config(c: Config, dense: list[int]) -> dict:
     }
     if family.shared_width:
         theirs[family.shared_width] = shared_dim
-    if model_type in ("qwen3_moe", "lara_mini"):
+    if model_type in ("qwen3_moe", "lara_mini", "qwen3_next"):
         theirs["norm_topk_prob"] = c.router != "switch"
         theirs["num_local_experts"] = c.n_experts  # transformers 5; 4 says num_experts
-    if model_type == "qwen3_moe":
-        theirs |= {"mlp_only_layers": dense, "intermediate_size": c.hidden_dim * c.n_active}
-        theirs["decoder_sparse_step"] = 1
+    if model_type in ("qwen3_moe", "qwen3_next"):
+        theirs |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+    if model_type in ("qwen3_moe", "qwen3_next", "glm4_moe"):  # of its dense layers
+        theirs["intermediate_size"] = c.hidden_dim * c.n_active + shared_dim
+    if model_type in ("qwen3_next", "glm4_moe"):  # else they would turn a part of each head
+        theirs["partial_rotary_factor"] = 1.0
+        theirs["rope_parameters"]["partial_rotary_factor"] = 1.0
+    if model_type == "qwen3_next":
+        theirs["layer_types"] = ["full_attention"] * c.n_layers
     elif model_type == "lara_mini":  # the layers of another kind have no RoPE
         theirs |= {"layer_types": ["sliding_attention"] * c.n_layers, "sliding_window": c.seq_len}
     elif model_type == "glm4_moe":
-        theirs |= {"norm_topk_prob": True, "use_qk_norm": c.qk_norm, "partial_rotary_factor": 1.0}
-        theirs["rope_parameters"]["partial_rotary_factor"] = 1.0
-        theirs["intermediate_size"] = c.hidden_dim * c.n_active + shared_dim
+        theirs |= {"norm_topk_prob": True, "use_qk_norm": c.qk_norm}
     elif model_type == "granitemoeshared":
         theirs |= dict.fromkeys(GRANITE_FACTORS, 1.0)
         theirs["attention_multiplier"] = c.head_size**-0.5
@@ -227,6 +245,11 @@ def router_of(theirs: dict) -> str:
     return "switch" if is_raw else "topk"
 
 
+def asked_of(theirs: dict) -> str | None:
+    """For family_of: the model_type of a config.json, if it is one that has to be asked for."""
+    return "qwen3_next" if theirs.get("model_type") == "qwen3_next" else None
+
+
 def refuse_others(theirs: dict, c: Config, dense: list[int]) -> None:
     """ValueError names the first thing that c, written as a config.json, says otherwise."""
     window = theirs.get("sliding_window") if theirs.get("use_sliding_window", True) else None
@@ -238,7 +261,11 @@ def refuse_others(theirs: dict, c: Config, dense: list[int]) -> None:
     theirs = {**theirs, "sliding_window": None}
     if not dense:  # the width of layers that aren't there
         theirs["intermediate_size"] = None
-    ours = {**to_hf_config(c, dense), "mlp_bias": False, "quantization_config": None}
+    ours = {
+        **to_hf_config(c, dense, asked_of(theirs)),
+        "mlp_bias": False,
+        "quantization_config": None,
+    }
     ours = {"layer_types": ["full_attention"] * c.n_layers, "partial_rotary_factor": 1.0, **ours}
     ours["rope_parameters"].pop("partial_rotary_factor", None)
     for key, value in ours.items():
@@ -246,13 +273,14 @@ def refuse_others(theirs: dict, c: Config, dense: list[int]) -> None:
             raise ValueError(f"{key}={theirs[key]!r:.160} is not supported, only {value!r:.160}")
 
 
-def hf_tensors(model: LaMoE, names=()) -> dict[str, Tensor]:
+def hf_tensors(model: LaMoE, names=(), asked: str | None = None) -> dict[str, Tensor]:
     """Their name -> our tensor, or the view of it that they keep apart: to write, or to read into.
 
     The first half of gate_up_proj's rows is their gate, the second their up; expert e is row e.
     names: of the tensors in a folder. Of some, by transformers 5, all experts of a layer are one.
     """
-    family = as_stored(FAMILIES[family_of(model.config, dense_layers(model))], names)
+    model_type = family_of(model.config, dense_layers(model), asked)
+    family = as_stored(FAMILIES[model_type], names)
     tensors = {"model.embed_tokens": model.embed.weight, "model.norm": model.norm.weight}
     if not model.config.tie_embeddings:
         tensors["lm_head"] = model.head.weight

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 import lamoe
+from data.exchange.gates import without_gates
 from data.exchange.huggingface import (
     FAMILIES,
     as_stored,
+    asked_of,
     dense_layers,
     family_of,
     from_hf_config,
@@ -53,9 +55,10 @@ def load_folder(folder: Path, device: str, dtype: torch.dtype | None):
         raise ValueError(f"{folder} is {reason}; {remedy}")
     try:
         theirs, files = read_json(folder / "config.json"), open_tensors(folder)
-        c, dense = from_hf_config(theirs)
-        model = reserve(c, dense, files, device, dtype)
-        for name, weight in hf_tensors(model, files).items():
+        (c, dense), asked = from_hf_config(theirs), asked_of(theirs)
+        files = without_gates(files, c) if asked else files
+        model = reserve(c, dense, files, device, dtype, asked)
+        for name, weight in hf_tensors(model, files, asked).items():
             weight.copy_(files[name].get_tensor(name))
     except KeyError as error:
         raise ValueError(f"{folder} can't be read: it lacks {error}") from error
@@ -112,9 +115,9 @@ class NoInit(torch.overrides.TorchFunctionMode):
         return args[0] if function is Tensor.zero_ else function(*args, **(kwargs or {}))
 
 
-def reserve(c: lamoe.Config, dense: list[int], files: dict, device: str, dtype) -> lamoe.LaMoE:
+def reserve(c: lamoe.Config, dense: list[int], files: dict, device, dtype, asked) -> lamoe.LaMoE:
     """A model for the tensors in these files, which are not read yet; dtype as for `load`."""
-    family = as_stored(FAMILIES[family_of(c, dense)], files)
+    family = as_stored(FAMILIES[family_of(c, dense, asked)], files)
     is_apart = len(family.parts) == 3 and not family.is_stacked
     if c.n_layers * (c.n_experts if is_apart else 1) > len(files):
         raise ValueError(f"{c.n_layers} layers of {c.n_experts} experts are not in its files")
@@ -135,7 +138,7 @@ def reserve(c: lamoe.Config, dense: list[int], files: dict, device: str, dtype) 
             router.float()
         for name, buffer in router.named_buffers():  # a bias moves in steps too small for bf16
             setattr(router, name, buffer.float())
-    check_tensors(hf_tensors(model, files), files, c.tie_embeddings)
+    check_tensors(hf_tensors(model, files, asked), files, c.tie_embeddings)
     return model
 
 
