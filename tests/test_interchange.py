@@ -320,6 +320,42 @@ def test_llama_3s_rope_has_two_spellings():
     assert load("folder")[0].config.rope_factor == 8
 
 
+GRANITES = {
+    "granite": dict(n_experts=1),
+    "granitemoe": dict(),
+    "granitemoeshared": dict(n_shared_experts=2),
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", GRANITES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("options", [{}, dict(save_original_format=False), dict(max_shard_size=9)])
+def test_a_granite_is_read_with_its_constants_in_the_weights(kind, tied, options):
+    config = small_config(**GRANITES[kind], tie_embeddings=tied)
+    factors = dict(embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=6)
+    twin = random_theirs(config, model_type=kind, attention_multiplier=0.09, **factors)
+    twin.save_pretrained("folder", **options)
+    model = load("folder")[0]
+    assert_same_logits(model, twin)
+    assert model.config.tie_embeddings is False and model.config.rope_theta == 1e4
+    export(model, None, "again")
+    assert_same_logits(model, theirs("again"))
+    edit_config("folder", rope_parameters=None, rope_theta=None, attention_multiplier=None)
+    assert_same_logits(load("folder")[0], theirs("folder"))
+    edit_config("folder", embedding_multiplier=None, logits_scaling=None, residual_multiplier=None)
+    model = load("folder")[0]
+    assert model.config.tie_embeddings is tied
+    assert_same_logits(model, theirs("folder"))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["olmoe", "olmo2"])
+def test_an_olmo_is_refused_by_name_for_its_norm_is_over_all_heads(kind):
+    random_theirs(small_config(), model_type=kind).save_pretrained("folder")
+    assert_refused([f"model_type '{kind}'"])
+
+
 @pytest.mark.oracle
 @few
 @given(data=st.data())
@@ -581,8 +617,9 @@ REFUSED = [
     ("lara_mini", dict(norm_topk_prob=False), ["norm_topk_prob"]),
     ("lara_mini", dict(shared_expert_intermediate_size=13), ["shared_expert_intermediate_size=13"]),
     ("granitemoeshared", dict(shared_intermediate_size=None), ["shared"]),
-    ("granitemoeshared", dict(residual_multiplier=0.22), ["residual_multiplier=0.22"]),
-    ("granitemoeshared", dict(attention_multiplier=None), ["attention_multiplier=1.0"]),
+    ("granitemoeshared", dict(residual_multiplier="1"), ["residual_multiplier='1'"]),
+    ("granitemoeshared", dict(logits_scaling=0), ["logits_scaling=0"]),
+    ("granitemoeshared", dict(embedding_multiplier=float("nan")), ["embedding_multiplier=nan"]),
 ]
 
 

@@ -145,7 +145,9 @@ def main() -> None:
         return print(f"{args.folder}: llama.cpp, Ollama and LM Studio open it")
     model_type = family_of(model.config, dense_layers(model), args.family)
     architecture = FAMILIES[model_type].architecture
-    print(f"{args.folder}: a {architecture}; transformers opens it, and so does sample.py --model")
+    since = " 5.24 (older ones, and vLLM: --family qwen3_next)" if model_type == "lara_mini" else ""
+    opens = f"transformers{since} opens it, and so does sample.py --model"
+    print(f"{args.folder}: a {architecture}; {opens}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What Hugging Face's folders call things: config.json and the tensors' names, both ways.
 
 Seven families of transformers compute exactly what lamoe.py computes; only names and the cutting of
-the experts differ. What they can't express is refused, in both directions: a model that was read
-wrongly still talks.
+the experts differ (an eighth, Qwen3-Next, needs gates.py). What they can't express is refused, in
+both directions: a model that was read wrongly still talks.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from data.exchange.granite import FACTORS
 from lamoe import Config, DeepSeek, LaMoE, MoE, SwiGLU
 
 KEYS = {  # our field -> theirs
@@ -46,31 +47,43 @@ class Family(NamedTuple):
 
 
 NO_WINDOW = {"use_sliding_window": False}
-GRANITE = {"attention_multiplier": 1.0, "shared_intermediate_size": 0}
-PARTIAL_ROPE = {"partial_rotary_factor": 0.5, "first_k_dense_replace": 1}
-LARA = {"layer_types": "a mixture", "sliding_window": 512, "head_dim": 128}
-LARA["tie_word_embeddings"] = True
-QWEN3_NEXT = {"layer_types": "a mixture", "partial_rotary_factor": 0.25, "head_dim": 256}
-W123, IN_OUT = ("w1", "w3", "w2"), ("input_linear", "output_linear")
+MIXED = {"layer_types": "a mixture"}  # of kinds of layers that we don't have
 FAMILIES = {  # model_type -> family; mistral is a llama with other defaults, and only read
     "llama": Family("LlamaForCausalLM", KEYS, {"num_key_value_heads": None}),
     "mistral": Family("LlamaForCausalLM", KEYS, {"sliding_window": 4096}),
     "qwen3": Family("Qwen3ForCausalLM", KEYS, {**NO_WINDOW, "head_dim": 128}),
-    "mixtral": Family("MixtralForCausalLM", MIXTRAL, {}, "block_sparse_moe", W123),
+    "mixtral": Family(
+        "MixtralForCausalLM", MIXTRAL, {}, ffn="block_sparse_moe", parts=("w1", "w3", "w2")
+    ),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", QWEN3_MOE, {**NO_WINDOW, "norm_topk_prob": False}),
-    "glm4_moe": Family("Glm4MoeForCausalLM", GLM4_MOE, PARTIAL_ROPE, shared="mlp.shared_experts"),
+    "glm4_moe": Family(
+        "Glm4MoeForCausalLM",
+        GLM4_MOE,
+        absent={"partial_rotary_factor": 0.5, "first_k_dense_replace": 1},
+        shared="mlp.shared_experts",
+    ),
     "granitemoeshared": Family(
-        *("GraniteMoeSharedForCausalLM", MIXTRAL, GRANITE, "block_sparse_moe", IN_OUT),
-        *("router.layer", "shared_mlp", "shared_intermediate_size"),
+        "GraniteMoeSharedForCausalLM",
+        MIXTRAL,
+        absent={"shared_intermediate_size": 0},
+        ffn="block_sparse_moe",
+        parts=("input_linear", "output_linear"),
+        router="router.layer",
+        shared="shared_mlp",
+        shared_width="shared_intermediate_size",
     ),
     "lara_mini": Family(
-        *("LaraMiniForCausalLM", QWEN3_MOE, LARA),
+        "LaraMiniForCausalLM",
+        QWEN3_MOE,
+        absent={**MIXED, "sliding_window": 512, "head_dim": 128, "tie_word_embeddings": True},
         shared="mlp.shared_expert",
         shared_width="shared_expert_intermediate_size",
         is_stacked=True,
     ),
     "qwen3_next": Family(
-        *("Qwen3NextForCausalLM", QWEN3_MOE, QWEN3_NEXT),
+        "Qwen3NextForCausalLM",
+        QWEN3_MOE,
+        absent={**MIXED, "partial_rotary_factor": 0.25, "head_dim": 256},
         shared="mlp.shared_expert",
         shared_width="shared_expert_intermediate_size",
     ),
@@ -81,7 +94,6 @@ LLAMA3_ROPE = {  # rope_table's constants in their words; the factor varies
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-GRANITE_FACTORS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 LARGEST = 1 << 20  # of the sizes in a config.json: more is no model, and would only fill the memory
 
 
@@ -177,8 +189,8 @@ def to_hf_config(c: Config, dense: list[int], asked: str | None = None) -> dict:
     elif model_type == "glm4_moe":
         theirs |= {"norm_topk_prob": True, "use_qk_norm": c.qk_norm}
     elif model_type == "granitemoeshared":
-        theirs |= dict.fromkeys(GRANITE_FACTORS, 1.0)
-        theirs["attention_multiplier"] = c.head_size**-0.5
+        factors = dict.fromkeys(FACTORS, 1.0)
+        theirs |= {**factors, "attention_multiplier": c.head_size**-0.5}
     return theirs
 
 
@@ -297,11 +309,17 @@ def hf_tensors(model: LaMoE, names=(), asked: str | None = None) -> dict[str, Te
 
 
 def as_stored(family: Family, names) -> Family:
-    """The family as transformers 5 saves it with save_original_format=False, if names are so."""
+    """The family with the layout that these names have.
+
+    Of transformers 5 with save_original_format=False, or a Granite without shared experts.
+    """
+    granite = FAMILIES["granitemoeshared"]
+    if any(name.endswith(".block_sparse_moe.input_linear.weight") for name in names):
+        return granite
     if not any(name.endswith(".experts.gate_up_proj") for name in names):
         return family
-    if family.router == "router.layer":
-        return family._replace(router="router", is_stacked=True)
+    if any(name.endswith(".block_sparse_moe.router.weight") for name in names):
+        return granite._replace(router="router", is_stacked=True)
     return family._replace(ffn="mlp", is_stacked=True)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import lamoe
 from data.exchange.gates import without_gates
+from data.exchange.granite import take_factors, with_factors
 from data.exchange.huggingface import (
     FAMILIES,
     as_stored,
@@ -55,8 +56,10 @@ def load_folder(folder: Path, device: str, dtype: torch.dtype | None):
         raise ValueError(f"{folder} is {reason}; {remedy}")
     try:
         theirs, files = read_json(folder / "config.json"), open_tensors(folder)
-        (c, dense), asked = from_hf_config(theirs), asked_of(theirs)
+        plain, factors = take_factors(theirs)
+        (c, dense), asked = from_hf_config(plain), asked_of(plain)
         files = without_gates(files, c) if asked else files
+        files = with_factors(files, factors) if factors else files
         model = reserve(c, dense, files, device, dtype, asked)
         for name, weight in hf_tensors(model, files, asked).items():
             weight.copy_(files[name].get_tensor(name))
