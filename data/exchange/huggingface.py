@@ -8,6 +8,7 @@ both directions: a model that was read wrongly still talks.
 import dataclasses
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from data.exchange.granite import FACTORS
@@ -188,6 +189,7 @@ def to_hf_config(c: Config, dense: list[int], asked: str | None = None) -> dict:
         theirs |= {"layer_types": ["sliding_attention"] * c.n_layers, "sliding_window": c.seq_len}
     elif model_type == "glm4_moe":
         theirs |= {"norm_topk_prob": True, "use_qk_norm": c.qk_norm}
+        theirs["n_shared_experts"] = max(1, c.n_shared_experts)  # vLLM divides by it: see no_shared
     elif model_type == "granitemoeshared":
         factors = dict.fromkeys(FACTORS, 1.0)
         theirs |= {**factors, "attention_multiplier": c.head_size**-0.5}
@@ -202,10 +204,11 @@ def one_spelling(rope: dict | None) -> dict:
     return {"rope_type": " or ".join(sorted(kinds)) or "default", **rope}
 
 
-def from_hf_config(theirs: dict) -> tuple[Config, list[int]]:
+def from_hf_config(theirs: dict, no_shared: bool = False) -> tuple[Config, list[int]]:
     """The Config and the dense layers of a config.json of transformers 4 or 5.
 
-    ValueError names what the Config can't express.
+    ValueError names what the Config can't express. no_shared: the shared experts are zeros, and
+    there because the family has none without.
     """
     model_type = theirs.get("model_type")
     if model_type not in [*FAMILIES]:
@@ -228,7 +231,7 @@ def from_hf_config(theirs: dict) -> tuple[Config, list[int]]:
     values |= {field: theirs[key] for field, key in family.keys.items()}
     dense = list(theirs.get("mlp_only_layers") or range(values.get("n_dense_layers", 0)))
     values["n_dense_layers"] = len(dense)
-    values |= shared_of(theirs, family)
+    values |= {"n_shared_experts": 0} if no_shared else shared_of(theirs, family)
     values["qk_norm"] = model_type.startswith("qwen3") or model_type == "lara_mini"
     values["qk_norm"] |= theirs.get("use_qk_norm") is True
     values["rope_theta"] = rope["rope_theta"]
@@ -338,8 +341,10 @@ def ffn_tensors(ffn: SwiGLU | MoE, layer: str, family: Family) -> dict[str, Tens
     if isinstance(ffn.router, DeepSeek):
         tensors[f"{at}.{family.router}.e_score_correction_bias"] = ffn.router.bias
     if ffn.shared is not None:
-        both = ffn.shared.gate_up_proj.weight, ffn.shared.down_proj.weight
-        tensors |= cut(f"{layer}.{family.shared}", *both)
+        tensors |= cut(f"{layer}.{family.shared}", *ffn.shared.parameters())
+    elif "n_shared_experts" in family.keys:  # none without: zeros add nothing
+        zeros = (torch.zeros_like(stack[0]) for stack in experts.parameters())
+        tensors |= cut(f"{layer}.{family.shared}", *zeros)
     if family.is_stacked:
         stacks = experts.named_parameters()
         return tensors | {f"{at}.experts.{name}": weight for name, weight in stacks}

@@ -57,7 +57,7 @@ def load_folder(folder: Path, device: str, dtype: torch.dtype | None):
     try:
         theirs, files = read_json(folder / "config.json"), open_tensors(folder)
         plain, factors = take_factors(theirs)
-        (c, dense), asked = from_hf_config(plain), asked_of(plain)
+        (c, dense), asked = from_hf_config(plain, no_shared(files)), asked_of(plain)
         files = without_gates(files, c) if asked else files
         files = with_factors(files, factors) if factors else files
         model = reserve(c, dense, files, device, dtype, asked)
@@ -109,6 +109,12 @@ def open_tensors(folder: Path) -> dict:
     return {name: file for file in files for name in file.keys()}
 
 
+def no_shared(files: dict) -> bool:
+    """Whether there are shared experts, and all of them zeros: as for a model without any."""
+    names = [name for name in files if ".mlp.shared_experts." in name]
+    return bool(names) and not any(files[name].get_tensor(name).any() for name in names)
+
+
 class NoInit(torch.overrides.TorchFunctionMode):
     """Inside, weights get no first values: those about to be read would only lose time on them."""
 
@@ -149,7 +155,6 @@ def check_tensors(expected: dict[str, Tensor], files: dict, tied: bool) -> None:
     """ValueError names tensors that are missing, not known, or of another shape than config's."""
     known = {name for name in files if name.endswith("rotary_emb.inv_freq")}  # of old files
     known |= {"lm_head.weight"} if tied else set()  # a copy of the embedding
-    known |= {name for name, file in files.items() if 0 in file.get_slice(name).get_shape()}
     missing, more = expected.keys() - files.keys(), files.keys() - expected.keys() - known
     for word, names in (("lacks", missing), ("has unexpected", more)):
         if names:
