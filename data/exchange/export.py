@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=[*FORMATS], help="of the weights")
     begin = "tokenizers there begin a text with <|endoftext|>, as prompts do here"
     parser.add_argument("--add_bos", action="store_true", help=begin)
-    known = "shared experts for vLLM and older transformers; to train on there, leave it out"
+    known = "for vLLM and older transformers; to train on there, leave it out"
     parser.add_argument("--family", choices=["qwen3_next"], help=known)
     args = parser.parse_args()
     is_gguf = args.folder.endswith(".gguf")
@@ -145,7 +145,7 @@ def main() -> None:
         return print(f"{args.folder}: llama.cpp, Ollama and LM Studio open it")
     model_type = family_of(model.config, dense_layers(model), args.family)
     architecture = FAMILIES[model_type].architecture
-    since = " 5.24 (older ones, and vLLM: --family qwen3_next)" if model_type == "lara_mini" else ""
+    since = " 5.24 (older 5, and vLLM: --family qwen3_next)" if model_type == "lara_mini" else ""
     opens = f"transformers{since} opens it, and so does sample.py --model"
     print(f"{args.folder}: a {architecture}; {opens}")
 

@@ -63,7 +63,10 @@ class WithoutGates:
     @staticmethod
     def check(name: str, gate: Tensor) -> None:
         if gate.any():
-            raise ValueError(f"{name} has a gate that is not 0, and only zeros are supported")
+            remedy = "to train elsewhere, export without --family qwen3_next"
+            raise ValueError(
+                f"{name} has a gate that is open, and only closed ones are supported; {remedy}"
+            )
 
 
 def without_gates(files: dict, c: Config) -> dict:

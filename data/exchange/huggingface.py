@@ -141,8 +141,9 @@ def family_of(c: Config, dense: list[int], asked: str | None = None) -> str:
     elif c.n_experts > 1 and c.router == "switch" and not c.qk_norm:
         reason = f"{name} has weights that sum to 1, and router='switch' not; train with --qk_norm"
     elif model_type in ("mixtral", "granitemoeshared", "lara_mini") and dense:
-        remedy = ", or --qk_norm" if model_type == "mixtral" else ""
-        reason = f"{name} has no dense layers; train with --n_dense_layers 0{remedy}"
+        or_else = {"mixtral": ", or --qk_norm", "lara_mini": ", or export with --family qwen3_next"}
+        remedy = f"train with --n_dense_layers 0{or_else.get(model_type, '')}"
+        reason = f"{name} has no dense layers; {remedy}"
     elif model_type == "glm4_moe" and dense != [*range(len(dense))]:
         reason = f"{name}'s dense layers are its first, not {dense}"
     if reason:
