@@ -106,11 +106,11 @@ def dense_layers(model: LaMoE) -> list[int]:
 def reason_against(c: Config) -> str:
     """Why no other program computes these experts, "" if some do."""
     if c.router not in ("topk", "noisy", "switch", "deepseek"):
-        return f"nobody routes like router={c.router!r}; train with --router topk"
+        return f"no family routes like router={c.router!r}; train with --router topk"
     if c.router == "switch" and c.eval_capacity_factor is not None:
-        return "nobody has a capacity; train without --eval_capacity_factor"
+        return "no family has a capacity; train without --eval_capacity_factor"
     if c.router == "deepseek" and c.top_groups < c.n_groups == c.n_experts:
-        return "nobody has groups of one expert; train with --n_groups 1 --top_groups 1"
+        return "no family has groups of one expert; train with --n_groups 1 --top_groups 1"
     return ""
 
 
