@@ -22,6 +22,7 @@ from pathlib import Path
 from data.exchange import experts, load  # isort: skip (before torch: see data/__init__.py)
 import torch
 
+import train
 from data.run.flags import OneLineParser, first_line, number, one_line_errors, pick_device
 from data.run.scoring import score
 
@@ -194,15 +195,16 @@ def run(args) -> None:
         remedy = "make a model with one (python train.py), or put the model's tokenizer.json there"
         raise ValueError(f"{path} has no tokenizer; {remedy}")
     if args.score is not None:
-        import train  # whose evaluation it is
-
         return print(score(args.score, model, tokenizer, args, train))
     if args.show_experts:
-        experts.check(model, args.layer, args.html)  # raises before text is written for nothing
+        experts.layers_to_show(model, args.layer)  # raises before text is written for nothing
+    if args.html:
+        experts.check_page(args.html)
     generator = torch.Generator(args.device)
     generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
     if args.text:
-        experts.show_files(args.text, model, tokenizer, args.layer, args.html)
+        named = [(file, experts.read_ids(file, tokenizer)) for file in args.text]
+        experts.show(named, model, tokenizer, args.layer, args.html)
     elif args.prompt is not None:
         respond(model, tokenizer, args, generator, args.prompt)
     else:

@@ -79,18 +79,6 @@ def layers_to_show(model, layer: int | None) -> dict[int, int]:
     return {row: i for row, i in enumerate(sparse) if layer in (None, i)}
 
 
-def check(model, layer: int | None, html: str | None) -> None:
-    """ValueError if there would be nothing to show, or nowhere to write the page."""
-    layers_to_show(model, layer)
-    if html:
-        check_page(html)
-
-
-def show_files(paths: list[str], model, tokenizer, layer: int | None, html: str | None) -> None:
-    named = [(path, read_ids(path, tokenizer)) for path in paths]
-    show(named, model, tokenizer, layer, html)
-
-
 def show(named: list[tuple[str, list[int]]], model, tokenizer, layer: int | None, html: str | None):
     """Prints the experts of each (source, ids); with html, the name of a file, writes the page."""
     texts = [route(model, tokenizer, source, ids) for source, ids in named]
