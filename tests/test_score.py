@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import import_oracle, random_model, small_config
+from test_interchange import byte_level, save_foreign, sentencepiece
 from test_sample import BYTES, run, save_model
 from tiny_run import TINY, call, make_text
 
@@ -97,3 +98,21 @@ def test_mistakes_end_in_one_line(capsys):
         assert call(sample, *arguments, "--model", "model.pt") == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and all(word in message for word in words), message
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+def test_a_foreign_tokenizer_begins_a_document_as_it_does_a_prompt(make, capsys):
+    config = small_config(vocab_size=500, seq_len=64)
+    model = random_model(config)
+    export(model, None, "folder")
+    save_foreign(make, Path("folder"))
+    tokenizer, text = load("folder")[1], "the old cat"
+    Path("line.txt").write_text(text, encoding="utf-8")
+    ids = [*tokenizer.start, *tokenizer.encode(text), tokenizer.eot]
+    with torch.no_grad():
+        logs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    nats = -sum(logs[t, i].item() for t, i in enumerate(ids[1:]))
+    score = scored(capsys, "line.txt", "--model", "folder", "--dtype", "fp32")
+    assert score["tokens"] == len(ids) - 1 and score["bytes"] == len(text) + len(SPECIAL)
+    assert score["nats/byte"] == pytest.approx(nats / score["bytes"], abs=1e-4)
