@@ -5,6 +5,7 @@
     python sample.py                                     no prompt: User: / Model: until exit
     python sample.py "Once, upon a time" --show_experts  and which expert each token went to
     python sample.py --text book.txt --html book.html    the same of a text, and as a page
+    python sample.py --score book.txt                    bits per byte: how well it is predicted
     python sample.py "Once" --model FOLDER --dtype bf16  a Hugging Face folder: Llama, Mixtral, ...
 
 Text appears as it is generated, a character only once all its bytes are there. The same seed and
@@ -21,12 +22,14 @@ from pathlib import Path
 from data.exchange import experts, load  # isort: skip (before torch: see data/__init__.py)
 import torch
 
+import train
 from data.run.flags import OneLineParser, first_line, number, one_line_errors, pick_device
 from data.run.routers import router_name
+from data.run.scoring import score
 
 # --- 1. Flags -------------------------------------------------------------------------------------
 
-LONG = 20_000  # tokens: from there on compiling takes less time than it saves
+LONG = 20_000  # tokens: from there on compiling (half a minute) saves more time than it takes
 
 
 class Parser(OneLineParser):
@@ -50,29 +53,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=number(float, lambda t: t >= 0, "0 or more"), default=0.8)
     add("--top_k", type=count, help="choose among the k likeliest tokens")
     add("--top_p", type=share, help="among the fewest tokens that together reach this share")
-    likely = "among tokens with at least this share of the likeliest one's probability"
     part = number(float, lambda p: 0 <= p <= 1, "from 0 to 1")
-    add("--min_p", type=part, default=0.02, help=likely)
+    add("--min_p", type=part, default=0.02, help="at least this share of the likeliest")
     add("--repetition_penalty", type=number(float, lambda r: r > 0, "above 0"), default=1.0)
-    stop = "end where this text appears, besides <|endoftext|>; may be given several times"
     some = number(str, bool, "at least one character")
-    add("--stop", metavar="TEXT", action="append", default=[], type=some, help=stop)
+    add("--stop", metavar="TEXT", action="append", default=[], type=some, help="one more end")
     add("--seed", type=number(int, lambda s: 0 <= s < 2**63, "from 0 to 2^63 - 1"))
     few = number(int, lambda n: 0 < n <= 1024, "above 0 and at most 1024")
     add("-n", type=few, default=1, help="how many continuations, generated as one batch")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    pays = "on a GPU: half a minute before the first text, then three times the speed"
-    add("--compile", action="store_true", help=f"{pays}; by itself from {LONG:,} tokens on")
+    add("--compile", action="store_true", help=f"for a GPU; by itself from {LONG:,} tokens on")
     add("--show_experts", action="store_true", help="which expert each token went to")
-    text = "show the experts of this UTF-8 text, write nothing; several are compared"
-    add("--text", metavar="FILE", action="append", default=[], help=text)
+    add("--text", metavar="FILE", action="append", default=[], help="only show a text's experts")
     layer = number(int, lambda n: n >= 0, "0 or more")
     add("--layer", metavar="N", type=layer, help="show this layer only; the first is 0")
     add("--html", metavar="FILE", help="show the experts as a page for a browser, too")
+    add("--score", metavar="FILE", help="how well this text is predicted, as evaluation has it")
     args = parser.parse_args(arguments)
     args.show_experts |= bool(args.text or args.html or args.layer is not None)
-    if args.text and args.prompt is not None:
-        parser.error("a prompt is continued and --text is only read: give one of the two")
+    if (args.prompt is not None) + bool(args.text) + (args.score is not None) > 1:
+        parser.error("a prompt is continued, --text and --score are only read: give one of these")
     return args
 
 
@@ -191,12 +191,14 @@ def respond(model, tokenizer, args, generator, prompt: str) -> None:
 
 def run(args) -> None:
     args.device, args.model = pick_device(args.device), args.model or newest_model()
-    auto = torch.bfloat16 if args.device == "cuda" else None  # as it was trained; half to read
+    auto = None if args.score or args.device != "cuda" else torch.bfloat16  # half to read
     dtype = {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model, tokenizer = load(args.model, args.device, dtype)
     if tokenizer is None:
         remedy = "make a model with one (python train.py), or put the model's tokenizer.json there"
         raise ValueError(f"{args.model} has no tokenizer; {remedy}")
+    if args.score is not None:
+        return print(score(args.score, model, tokenizer, args, train))
     if args.show_experts:
         experts.check(model, args)  # raises before text is written for nothing
     generator = torch.Generator(args.device)

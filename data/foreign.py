@@ -153,21 +153,28 @@ def tokenizer_from_state(state):
     return Tokenizer.from_state(state)
 
 
+PAD = "<|pad|>"
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 BYTES["use_regex"] = False  # the words are split already
 SPLIT = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
 WORDS = {"type": "Sequence", "pretokenizers": [SPLIT, BYTES]}
 
 
-def tokenizer_json(tokenizer):
-    """Returns the content of tokenizer.json for a bpe.Tokenizer: its words and merges."""
+def tokenizer_json(tokenizer, pads=False):
+    """Returns the content of tokenizer.json for a bpe.Tokenizer: its words and merges.
+
+    pads: byte 255, which is in no UTF-8 text, is a token to fill batches with.
+    """
     tokens = tokenizer.tokens[: tokenizer.eot]
     names = ["".join(VISIBLE[byte] for byte in token) for token in tokens]
+    names[255] = PAD if pads else names[255]
     special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special |= {"id": tokenizer.eot, "content": SPECIAL, "special": True}
+    added = {tokenizer.eot: SPECIAL, **({255: PAD} if pads else {})}
     return {
         "version": "1.0",
-        "added_tokens": [special],
+        "added_tokens": [
+            {"id": i, "content": name, **special, "special": True} for i, name in added.items()
+        ],
         "pre_tokenizer": WORDS,
         "decoder": BYTES,
         "model": {
@@ -178,23 +185,33 @@ def tokenizer_json(tokenizer):
     }
 
 
-def tokenizer_files(tokenizer):
+def tokenizer_files(tokenizer, add_bos=False):
     """Returns {name: text} of the files by which transformers.AutoTokenizer gives the same ids.
 
-    Of a foreign tokenizer: its own files, and what is KEPT, as they came.
+    Of a foreign tokenizer: its own files, and what is KEPT, as they came. add_bos: a text's ids
+    begin there with <|endoftext|>, as a prompt's do here.
     """
     if isinstance(tokenizer, ForeignTokenizer):
         return tokenizer.files
+    content = tokenizer_json(tokenizer, pads=True)
+    if add_bos:
+        begin, text = {"SpecialToken": {"id": SPECIAL}}, {"Sequence": {"id": "A"}}
+        single = [{kind: {**part[kind], "type_id": 0}} for part in (begin, text) for kind in part]
+        other = {"Sequence": {"id": "B", "type_id": 1}}
+        known = {SPECIAL: {"id": SPECIAL, "ids": [tokenizer.eot], "tokens": [SPECIAL]}}
+        template = {"type": "TemplateProcessing", "single": single, "pair": [*single, other]}
+        content["post_processor"] = {**template, "special_tokens": known}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": SPECIAL,
         "eos_token": SPECIAL,
-        "add_bos_token": False,
+        "pad_token": PAD,
+        "add_bos_token": add_bos,
         "split_special_tokens": True,  # <|endoftext|> inside a text is text, as in `encode`
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    contents = (tokenizer_json(tokenizer), config)
+    contents = (content, config)
     return dict(zip(FILES, map(json.dumps, contents), strict=True))
 
 
@@ -217,7 +234,7 @@ def own_tokenizer(text):
         pairs = model.get("merges", [])  # "a b", or as transformers 5 writes it, ["a", "b"]
         pairs = [pair.split() if isinstance(pair, str) else pair for pair in pairs]
         ours = Tokenizer([[model["vocab"][name] for name in pair] for pair in pairs])
-        expected = tokenizer_json(ours)
+        expected = tokenizer_json(ours, pads=PAD in model["vocab"])
         same = (
             model["vocab"] == expected["model"]["vocab"]
             and model.keys() <= expected["model"].keys()

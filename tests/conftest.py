@@ -126,12 +126,20 @@ def randomise(module, seed=0):
         for weight in module.parameters():
             noise = torch.randn(weight.shape, generator=generator)
             is_norm = weight.dim() == 1
-            weight.copy_(1 + 0.3 * noise if is_norm else noise * weight.shape[-1] ** -0.5)
+            weight.copy_(1 + 0.3 * noise if is_norm else noise * max(1, weight.shape[-1]) ** -0.5)
     return module
 
 
 def random_model(config, seed=0):
     return randomise(lamoe.LaMoE(config), seed).eval()
+
+
+def with_biases(model, name):
+    """Biases of deepseek's routers as training leaves them: they decide, and are no parameters."""
+    for i, (path, buffer) in enumerate(model.named_buffers()):
+        if path.endswith(f".{name}"):
+            buffer += torch.randn(buffer.shape, generator=torch.Generator().manual_seed(i))
+    return model
 
 
 def random_ids(config, *shape, seed=0):

@@ -95,6 +95,20 @@ def test_bench_bpe_compares_the_ids_of_random_strings(printed):
     assert text.startswith("100 of 100 strings"), text
 
 
+@pytest.mark.oracle
+def test_bench_trainer_trains_there_and_measures_here(printed, tmp_path):
+    for module in ("transformers", "safetensors", "accelerate"):
+        pytest.importorskip(module)
+    model, tokenizer = random_model(small_config(vocab_size=257, qk_norm=True)), Tokenizer([])
+    parts = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
+    checkpoint.save(tmp_path / "model.pt", {**parts, "tokenizer": tokenizer.state()})
+    (tmp_path / "book.txt").write_text(make_text(900), encoding="utf-8")
+    text = printed("bench_trainer.py", "model.pt", "book.txt", "--steps", 2)
+    assert "Qwen3MoeForCausalLM" in text and text.count("times the mean") == 3
+    rows = [line.split(",")[0] for line in text.splitlines() if "times the mean" in line]
+    assert len({row.split()[-2] for row in rows}) == 3, rows  # it was trained, in two ways
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, /proc and signals of Linux")
 @pytest.mark.parametrize("campaign, n", [("kills", 1), ("power", 1), ("files", 1), ("fuzz", 1000)])
 def test_each_campaign_of_torture_comes_to_its_end(campaign, n, printed):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bench_bpe import fuzz_text
-from conftest import import_oracle, random_ids, random_model, small_config
+from conftest import import_oracle, random_ids, random_model, small_config, with_biases
 from tiny_run import call
 
 import bpe
@@ -33,6 +33,16 @@ SHAPES = [
     dict(tie_embeddings=True, n_kv_heads=4, n_experts=8, top_k=3),
     dict(qk_norm=True, head_dim=32, dim=96, norm_eps=1e-3, rope_theta=500.0),
     dict(rope_factor=8.0, head_dim=64, rope_theta=5e5),
+    dict(n_shared_experts=2),
+    dict(n_shared_experts=1, tie_embeddings=True, head_dim=32, n_kv_heads=4),
+    dict(n_shared_experts=1, qk_norm=True, n_experts=32, top_k=3),  # as the presets train
+    dict(n_shared_experts=2, qk_norm=True, tie_embeddings=True, n_dense_layers=1),
+    dict(qk_norm=True, n_dense_layers=1),
+    dict(router="noisy", n_shared_experts=1, qk_norm=True),
+    dict(router="switch"),
+    dict(router="switch", n_shared_experts=1, qk_norm=True),
+    dict(router="deepseek", n_experts=8, n_groups=4, top_groups=2, top_k=3, routed_scale=2.5),
+    dict(router="deepseek", qk_norm=True, n_shared_experts=1, n_dense_layers=1),
 ]
 
 
@@ -106,7 +116,7 @@ def workplace(tmp_path, monkeypatch):
 
 def model_of(shape, tokenizer, seed=1):
     changes = dict(dim=64, hidden_dim=96, seq_len=128, vocab_size=tokenizer.vocab_size)
-    return random_model(small_config(**{**changes, **shape}), seed)
+    return with_biases(random_model(small_config(**{**changes, **shape}), seed), "router.bias")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -164,9 +174,9 @@ def refused(model, tokenizer, words):
 
 def test_what_llama_cpp_does_not_compute_is_refused(tok, monkeypatch):
     for shape, words in (
-        (dict(router="noisy"), ["noisy"]),
-        (dict(n_shared_experts=1), ["shared"]),
-        (dict(qk_norm=True, n_dense_layers=1), ["dense", "--n_dense_layers 0"]),
+        (dict(router="switch", eval_capacity_factor=1.0), ["capacity"]),
+        (dict(router="deepseek", n_groups=4, top_groups=2), ["groups", "--n_groups 1"]),
+        (dict(n_shared_experts=1, rope_factor=8.0), ["granitemoe", "rope_factor"]),
         (dict(qk_norm=True, rope_factor=8.0), ["rope_factor"]),
     ):
         refused(model_of(shape, tok), tok, words)
@@ -190,8 +200,9 @@ def test_the_command_writes_one_file_and_never_over_another(tok, capsys):
     for arguments in (
         ["best.pt", "folder", "--dtype", "q8_0"],
         ["best.pt", "m.gguf", "--dtype", "x"],
+        ["best.pt", "m.gguf", "--family", "qwen3_next"],
     ):
         assert call(program, *arguments) == 2
-        assert "--dtype" in capsys.readouterr().err
+        assert arguments[2] in capsys.readouterr().err
     assert call(program, "best.pt", "folder", "--dtype", "bf16") == 0
     assert load("folder")[0].embed.weight.dtype == torch.bfloat16

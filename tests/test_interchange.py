@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 import torch
 from bench_bpe import fuzz_text
-from conftest import assert_close, import_oracle, random_ids, random_model, randomise, small_config
+from conftest import (
+    assert_close,
+    import_oracle,
+    random_ids,
+    random_model,
+    randomise,
+    small_config,
+    with_biases,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_run import TINY, call, make_text
@@ -42,6 +50,9 @@ KINDS = {  # model_type: what makes ours it
     "qwen3": dict(n_experts=1, qk_norm=True),
     "mixtral": dict(),
     "qwen3_moe": dict(qk_norm=True),
+    "glm4_moe": dict(router="deepseek", qk_norm=True, n_shared_experts=1),
+    "lara_mini": dict(qk_norm=True, n_shared_experts=1),
+    "granitemoeshared": dict(n_shared_experts=1),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -60,9 +71,28 @@ def shapes(draw, kind):
     fields |= dict(norm_eps=draw(st.sampled_from([1e-6, 1e-5, 0.1])))
     if kind == "llama":  # theirs insists
         fields |= dict(dim=4 * n_heads)
-    if kind == "qwen3_moe":
+    fields |= KINDS[kind]
+    if kind in ("qwen3_moe", "glm4_moe"):
         fields |= dict(n_dense_layers=draw(st.integers(0, 1)))
-    return {**fields, **KINDS[kind]}
+    if kind in ("qwen3_moe", "lara_mini"):
+        fields |= dict(router=draw(st.sampled_from(["topk", "noisy", "switch"])))
+    if "n_shared_experts" in fields:
+        fields |= dict(n_shared_experts=draw(st.integers(1, 2)))
+    if kind == "glm4_moe":
+        fields |= draw(deepseek_fields(n_experts))
+    return fields
+
+
+@st.composite
+def deepseek_fields(draw, n_experts):
+    """Groups of two or more experts, of which a token sees top_k or more."""
+    groups = [n for n in range(1, n_experts // 2 + 1) if n_experts % n == 0]
+    n_groups, shared = draw(st.sampled_from(groups)), draw(st.integers(0, 2))
+    top_groups = draw(st.integers(1, n_groups))
+    top_k = draw(st.integers(1, n_experts // n_groups * top_groups))
+    fields = dict(n_groups=n_groups, top_groups=top_groups, top_k=top_k, n_shared_experts=shared)
+    scale = draw(st.sampled_from([1.0, 2.5]))
+    return {**fields, "routed_scale": scale, "qk_norm": draw(st.booleans())}
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +118,8 @@ def random_theirs(config, **more):
     transformers = import_oracle("transformers")
     fields = to_hf_config(config, [*range(config.n_dense_layers)]) | more
     their_config = transformers.AutoConfig.for_model(**fields)
-    return randomise(transformers.AutoModelForCausalLM.from_config(their_config)).eval()
+    twin = randomise(transformers.AutoModelForCausalLM.from_config(their_config)).eval()
+    return with_biases(twin, "e_score_correction_bias")
 
 
 def save_tokenizer(tokenizer, folder):
@@ -106,6 +137,7 @@ def edit_config(folder, **changes):
 def to_dialect_4(folder):
     """config.json as transformers 4 wrote it."""
     rope = json.loads((Path(folder) / "config.json").read_text())["rope_parameters"]
+    edit_config(folder, partial_rotary_factor=rope.pop("partial_rotary_factor", None))
     theta, scaled = rope.pop("rope_theta"), rope["rope_type"] != "default"
     edit_config(folder, rope_parameters=None, dtype=None, torch_dtype="float32", rope_theta=theta)
     edit_config(folder, rope_scaling=rope if scaled else None)
@@ -142,10 +174,15 @@ def assert_same_logits(model, twin):
 @given(data=st.data())
 def test_what_we_export_transformers_computes_equally(kind, data):
     model = random_model(lamoe.Config(**data.draw(shapes(kind))), seed=1)
-    export(model, None, fresh())
+    export(with_biases(model, "router.bias"), None, fresh())
     twin = theirs("folder")
     assert twin.config.model_type == kind and twin.dtype == torch.float32
     assert_same_logits(model, twin)
+    again = load("folder")[0]
+    assert_same_logits(again, twin)
+    same = ["n_shared_experts", "n_dense_layers", "qk_norm", "routed_scale", "head_size"]
+    for name in same + ["n_active"] * (model.config.n_experts > 1):
+        assert getattr(again.config, name) == getattr(model.config, name)
 
 
 @pytest.mark.oracle
@@ -154,7 +191,10 @@ def test_what_we_export_transformers_computes_equally(kind, data):
 @few
 @given(data=st.data())
 def test_what_transformers_saves_we_compute_equally(kind, dialect, data):
-    config = lamoe.Config(**data.draw(shapes(kind)))
+    fields = data.draw(shapes(kind))
+    if kind == "glm4_moe":  # it has none without
+        fields["n_shared_experts"] = max(1, fields["n_shared_experts"])
+    config = lamoe.Config(**fields)
     twin = random_theirs(config)
     shard_size = data.draw(st.sampled_from(["5GB", "2KB"]))
     twin.save_pretrained(fresh(), max_shard_size=shard_size)
@@ -171,7 +211,11 @@ def test_what_transformers_saves_we_compute_equally(kind, dialect, data):
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_load_then_export_gives_identical_bytes_of_every_tensor(kind, dtype):
-    random_theirs(small_config(**KINDS[kind])).to(dtype).save_pretrained("folder")
+    twin = random_theirs(small_config(**KINDS[kind])).to(dtype)
+    for name, bias in twin.named_buffers():  # transformers keeps it so
+        if name.endswith("e_score_correction_bias"):
+            bias.data = bias.data.float()
+    twin.save_pretrained("folder")
     model, _ = load("folder")
     assert {p.dtype for p in model.parameters()} == {dtype}
     export(model, None, "again")
@@ -284,6 +328,101 @@ def test_llama_3s_rope_has_two_spellings():
     assert load("folder")[0].config.rope_factor == 8
 
 
+GRANITES = {
+    "granite": dict(n_experts=1),
+    "granitemoe": dict(),
+    "granitemoeshared": dict(n_shared_experts=2),
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", GRANITES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("options", [{}, dict(save_original_format=False), dict(max_shard_size=9)])
+def test_a_granite_is_read_with_its_constants_in_the_weights(kind, tied, options):
+    config = small_config(**GRANITES[kind], tie_embeddings=tied)
+    factors = dict(embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=6)
+    twin = random_theirs(config, model_type=kind, attention_multiplier=0.09, **factors)
+    twin.save_pretrained("folder", **options)
+    model = load("folder")[0]
+    assert_same_logits(model, twin)
+    assert model.config.tie_embeddings is False and model.config.rope_theta == 1e4
+    export(model, None, "again")
+    assert_same_logits(model, theirs("again"))
+    edit_config("folder", rope_parameters=None, rope_theta=None, attention_multiplier=None)
+    assert_same_logits(load("folder")[0], theirs("folder"))
+    edit_config("folder", embedding_multiplier=None, logits_scaling=None, residual_multiplier=None)
+    model = load("folder")[0]
+    assert model.config.tie_embeddings is tied
+    assert_same_logits(model, theirs("folder"))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["olmoe", "olmo2"])
+def test_an_olmo_is_refused_by_name_for_its_norm_is_over_all_heads(kind):
+    random_theirs(small_config(), model_type=kind).save_pretrained("folder")
+    assert_refused([f"model_type '{kind}'"])
+
+
+@pytest.mark.oracle
+@few
+@given(data=st.data())
+def test_shared_experts_become_a_qwen3_next_with_closed_gates(data):
+    fields = data.draw(shapes("lara_mini"))
+    fields |= dict(n_dense_layers=data.draw(st.integers(0, 1)))
+    model = random_model(lamoe.Config(**fields), seed=1)
+    export(model, None, fresh(), family="qwen3_next")
+    twin, again = theirs("folder"), load("folder")[0]
+    assert twin.config.model_type == "qwen3_next"
+    assert_same_logits(model, twin)
+    assert_same_logits(again, twin)
+    for name, weight in again.named_parameters():
+        original = model.get_parameter(name)
+        assert torch.equal(weight, original) or ("norm" in name and weight.allclose(original))
+    twin.save_pretrained(fresh("again"))
+    assert_same_logits(model, load("again")[0])
+
+
+@pytest.mark.oracle
+def test_a_qwen3_next_talks_as_ours_and_is_refused_once_its_gates_are_open():
+    shape = dict(qk_norm=True, n_shared_experts=1, seq_len=64, vocab_size=50)
+    model = random_model(small_config(**shape), seed=3)
+    export(model, None, "folder", family="qwen3_next")
+    ids_BT = random_ids(model.config, 1, 4)
+    ours = torch.stack(list(model.generate(ids_BT, 50, temperature=0)), dim=1)
+    options = dict(max_new_tokens=50, do_sample=False, pad_token_id=0)
+    options["attention_mask"] = torch.ones_like(ids_BT)
+    twin = theirs("folder")
+    assert torch.equal(ours, twin.generate(ids_BT, **options)[:, 4:])
+    for name in ("mlp.shared_expert_gate.weight", "self_attn.q_proj.weight"):
+        changed = theirs("folder")
+        with torch.no_grad():
+            changed.get_parameter(f"model.layers.1.{name}")[-1, -1] = 1e-3
+        changed.save_pretrained(fresh("open"))
+        assert_refused([f"model.layers.1.{name}", "gate"], lambda: load("open"))
+    for changes, words in (
+        (dict(layer_types=["full_attention", "linear_attention"]), ["linear_attention"]),
+        (dict(layer_types=None), ["layer_types"]),
+        (dict(rope_parameters=None, partial_rotary_factor=None), ["partial_rotary_factor=0.25"]),
+    ):
+        export(model, None, fresh(), family="qwen3_next")
+        edit_config("folder", **changes)
+        assert_refused(words)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_qwen3_next_comes_back_bit_for_bit_where_its_norms_are_near_1(dtype):
+    shape = dict(qk_norm=True, n_shared_experts=1)
+    model = random_model(small_config(**shape)).to(dtype)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data.clamp_(0.5, 2)
+    export(model, None, "folder", family="qwen3_next")
+    again = load("folder")[0]
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, again.get_parameter(name)), name
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("n_layers", [1, 3])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
@@ -375,12 +514,14 @@ def test_bf16_from_a_checkpoint_rounds_all_but_the_router():
 @pytest.mark.oracle
 @every_kind
 def test_what_a_config_leaves_out_is_the_familys_default(kind):
-    fields = dict(n_heads=2, n_kv_heads=2, head_dim=128 if kind == "qwen3" else None)
+    head_dim = 128 if kind in ("qwen3", "lara_mini") else None
+    fields = dict(n_heads=2, n_kv_heads=2, head_dim=head_dim, tie_embeddings=kind == "lara_mini")
     random_theirs(small_config(**KINDS[kind], **fields)).save_pretrained("folder")
     left_out = ["rope_parameters", "rope_theta", "head_dim", "tie_word_embeddings", "layer_types"]
     left_out += ["num_key_value_heads"] if kind == "llama" else []
     left_out += ["hidden_act", "attention_bias", "sliding_window", "mlp_only_layers"]
-    edit_config("folder", **dict.fromkeys(left_out))
+    needed = {"glm4_moe": ["rope_parameters"], "lara_mini": ["layer_types", "sliding_window"]}
+    edit_config("folder", **dict.fromkeys({*left_out} - {*needed.get(kind, [])}))
     twin = theirs("folder")
     assert load("folder")[0].config.rope_theta == twin.config.rope_parameters["rope_theta"]
     assert_same_logits(load("folder")[0], twin)
@@ -474,6 +615,19 @@ REFUSED = [
     ("llama", dict(rms_norm_eps=float("nan")), ["norm_eps"]),
     ("llama", dict(intermediate_size=None), ["lacks", "intermediate_size"]),
     ("mixtral", dict(num_experts_per_tok=5), ["top_k=5"]),
+    ("glm4_moe", dict(rope_parameters=None, partial_rotary_factor=None), ["partial", "0.5"]),
+    ("glm4_moe", dict(norm_topk_prob=False), ["norm_topk_prob"]),
+    ("glm4_moe", dict(first_k_dense_replace=1), ["layers.0.mlp"]),
+    ("glm4_moe", dict(n_shared_experts=2), ["shared_experts", "[12, 16]", "[24, 16]"]),
+    ("lara_mini", dict(layer_types=None), ["layer_types"]),
+    ("lara_mini", dict(layer_types=["sliding_attention", "full_attention"]), ["full_attention"]),
+    ("lara_mini", dict(sliding_window=15), ["sliding_window=15"]),
+    ("lara_mini", dict(norm_topk_prob=False), ["norm_topk_prob"]),
+    ("lara_mini", dict(shared_expert_intermediate_size=13), ["shared_expert_intermediate_size=13"]),
+    ("granitemoeshared", dict(shared_intermediate_size=None), ["shared"]),
+    ("granitemoeshared", dict(residual_multiplier="1"), ["residual_multiplier='1'"]),
+    ("granitemoeshared", dict(logits_scaling=0), ["logits_scaling=0"]),
+    ("granitemoeshared", dict(embedding_multiplier=float("nan")), ["embedding_multiplier=nan"]),
 ]
 
 
@@ -488,10 +642,12 @@ def test_a_config_we_do_not_compute_is_refused_by_name(kind, changes, words):
 @pytest.mark.parametrize(
     "fields, words",
     [
-        (dict(router="noisy"), ["noisy", "--router topk"]),
-        (dict(router="switch"), ["switch", "--router topk"]),
-        (dict(router="deepseek"), ["deepseek", "--router topk"]),
-        (dict(n_shared_experts=1), ["shared experts", "--n_shared_experts 0"]),
+        (dict(router="switch"), ["Mixtral", "switch", "--qk_norm"]),
+        (dict(router="switch", n_shared_experts=1), ["GraniteMoeShared", "switch", "--qk_norm"]),
+        (dict(router="switch", qk_norm=True, eval_capacity_factor=1.0), ["eval_capacity_factor"]),
+        (dict(router="deepseek", n_groups=4, top_groups=2), ["groups", "--n_groups 1"]),
+        (dict(n_shared_experts=1, n_dense_layers=1), ["Granite", "--n_dense_layers 0"]),
+        (dict(n_shared_experts=1, n_dense_layers=1, qk_norm=True), ["Lara", "--n_dense_layers 0"]),
         (dict(n_dense_layers=1), ["dense layers", "--qk_norm"]),
         (dict(n_experts=1, dim=18, head_dim=4), ["dim=18", "n_heads=4", "--qk_norm"]),
     ],
@@ -500,6 +656,14 @@ def test_a_model_that_no_family_expresses_is_refused_with_the_reason(fields, wor
     model = random_model(small_config(**fields))
     assert_refused(words, lambda: export(model, None, "folder"))
     assert not Path("folder").exists()
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(qk_norm=True), dict(n_shared_experts=1), dict(n_experts=1, qk_norm=True)]
+)
+def test_qwen3_next_is_refused_for_a_model_without_what_it_is_for(fields):
+    model, words = random_model(small_config(**fields)), ["qwen3_next", "shared experts"]
+    assert_refused(words, lambda: export(model, None, "folder", family="qwen3_next"))
 
 
 @contextlib.contextmanager
@@ -1079,7 +1243,7 @@ def test_what_default_training_makes_exports_and_talks_the_same(run_folder, caps
     assert call(program, run_folder / "run/best.pt", "folder") == 0
     model, tokenizer = load(run_folder / "run/best.pt")
     ends = json.loads(Path("folder/generation_config.json").read_text())
-    assert ends == {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    assert ends == dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot, pad_token_id=255)
     twin = theirs("folder")
     assert type(twin).__name__ == "Qwen3MoeForCausalLM"
     assert_same_logits(model, twin)
@@ -1289,3 +1453,42 @@ def test_a_run_can_start_from_our_own_checkpoint_and_its_mistakes_are_named(run_
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and all(word in message for word in words), message
     assert not Path("other").exists()
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_transformers_fills_batches_with_a_token_that_no_text_has(kind, tok):
+    tokenizer = tok if kind == "bpe" else Tokenizer([])
+    model = random_model(small_config(vocab_size=tokenizer.vocab_size, seq_len=64, qk_norm=True))
+    export(model, tokenizer, "folder")
+    auto = import_oracle("transformers").AutoTokenizer.from_pretrained(
+        "folder", padding_side="left"
+    )
+    assert len(auto) == tokenizer.vocab_size and auto.pad_token_id == 255 != auto.eos_token_id
+    rng, texts = random.Random(1), ["ÿ <|pad|> \xff", "Ā"]
+    texts += [fuzz_text(rng) for _ in range(500)]
+    for text, ids in zip(texts, auto(texts)["input_ids"], strict=True):
+        assert ids == tokenizer.encode(text) and 255 not in ids and auto.decode(ids) == text
+    texts, twin = ["Once", "Once, upon a time"], theirs("folder")
+    # transformers 5.24 can't count a batch's balance loss while it generates.
+    options = dict(max_new_tokens=9, do_sample=False, output_router_logits=False)
+    batch = twin.generate(**auto(texts, padding=True, return_tensors="pt"), **options)
+    alone = [twin.generate(**auto(text, return_tensors="pt"), **options)[0] for text in texts]
+    for row, one in zip(batch, alone, strict=True):  # of a whole batch, the longest ends last
+        kept = [i for i in row.tolist() if i != 255]
+        assert kept == one.tolist()[: len(kept)]
+
+
+@pytest.mark.oracle
+def test_with_add_bos_tokenizers_there_begin_a_text_as_prompts_do_here(tok, run_folder):
+    transformers = import_oracle("transformers")
+    assert call(program, run_folder / "run/best.pt", "folder", "--add_bos") == 0
+    auto, ours = transformers.AutoTokenizer.from_pretrained("folder"), load("folder")[1]
+    assert type(ours) is Tokenizer and ours.start == [ours.eot]
+    for text in ("", "Once", f"a{SPECIAL}b"):
+        assert auto(text)["input_ids"] == [ours.eot, *ours.encode(text)]
+        assert auto(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+    auto.save_pretrained("again")
+    shutil.copy("folder/config.json", "again")
+    shutil.copy("folder/model.safetensors", "again")
+    assert type(load("again")[1]) is Tokenizer

@@ -173,6 +173,9 @@ def test_every_readme_command_runs(command, workplace, monkeypatch, request):
     elif words[1] == "data/exchange/export.py":
         request.getfixturevalue("exported")
         names = {"CHECKPOINT": "runs/stories/best.pt", "FOLDER": str(first_free("new"))}
+        if "model.gguf" in words:
+            pytest.importorskip("gguf")
+            names["model.gguf"] = str(first_free("model.gguf"))
         assert call(export, *(names.get(word, word) for word in words[2:])) == 0
     else:
         program = {"train.py": train, "sample.py": sample, "bpe.py": bpe}[words[1]]

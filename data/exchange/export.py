@@ -18,6 +18,8 @@ from torch import Tensor
 if __package__ in (None, ""):  # run as a script: let it find lamoe and data, not its neighbours
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from bpe import Tokenizer
+from data.exchange.gates import close
 from data.exchange.gguf_file import FORMATS, write_gguf
 from data.exchange.huggingface import FAMILIES, dense_layers, family_of, hf_tensors, to_hf_config
 from data.exchange.load import import_safetensors, load
@@ -26,13 +28,19 @@ from data.run.files import flush_folder
 from data.run.flags import OneLineParser, one_line_errors
 from data.run.routers import router_name
 
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-def export(model, tokenizer, out: str | os.PathLike, shard_bytes=5 * 10**9, dtype="fp32") -> None:
+
+def export(
+    model, tokenizer, out: str | os.PathLike, shard_bytes=5 * 10**9, dtype="fp32", add_bos=False,
+    family: str | None = None,
+) -> None:  # fmt: skip
     """Writes a folder that transformers opens: config, weights, and the tokenizer if not None.
 
     The folder is new or empty, and appears complete: it is written under another name first.
     ValueError if no family of transformers computes what this model does. An `out` that ends in
-    .gguf is a file for llama.cpp instead, with its numbers in dtype: see gguf_file.py.
+    .gguf is a file for llama.cpp instead, with its numbers in dtype: see gguf_file.py. add_bos: of
+    tokenizer_files. family: qwen3_next (gates.py), or None for the one that is closest.
     """
     folder, c = Path(out), model.config
     if folder.suffix == ".gguf":
@@ -43,8 +51,10 @@ def export(model, tokenizer, out: str | os.PathLike, shard_bytes=5 * 10**9, dtyp
         sizes = f"the tokenizer has {tokenizer.vocab_size} ids and the model {c.vocab_size}"
         raise ValueError(f"{sizes}; export them as they were trained")
     safetensors = import_safetensors()
-    texts, shards = config_files(model, tokenizer), shard(hf_tensors(model), shard_bytes)
-    texts |= tokenizer_files(tokenizer) if tokenizer else {}
+    tensors = hf_tensors(model, asked=family)
+    shards = shard(close(tensors, c) if family else tensors, shard_bytes)
+    texts = config_files(model, tokenizer, family)
+    texts |= tokenizer_files(tokenizer, add_bos) if tokenizer else {}
     if len(shards) > 1:
         size = sum(tensor.nbytes for part in shards.values() for tensor in part.values())
         weight_map = {name: file for file, part in shards.items() for name in part}
@@ -71,11 +81,11 @@ def export(model, tokenizer, out: str | os.PathLike, shard_bytes=5 * 10**9, dtyp
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def config_files(model, tokenizer) -> dict[str, str]:
+def config_files(model, tokenizer, family: str | None) -> dict[str, str]:
     """{file name: text} of config.json and generation_config.json."""
     c, dense, dtype = model.config, dense_layers(model), model.embed.weight.dtype
-    config = {"architectures": [FAMILIES[family_of(c, dense)].architecture]}
-    config |= to_hf_config(c, dense)
+    config = {"architectures": [FAMILIES[family_of(c, dense, family)].architecture]}
+    config |= to_hf_config(c, dense, family)
     for i in dense:
         width = model.blocks[i].ffn.down_proj.weight.shape[1]
         if width != config["intermediate_size"]:
@@ -91,7 +101,9 @@ def config_files(model, tokenizer) -> dict[str, str]:
     if tokenizer:
         config["eos_token_id"] = tokenizer.stops if tokenizer.stops[1:] else tokenizer.eot
         config["bos_token_id"] = tokenizer.start[0] if tokenizer.start else None
-    ends = {key: id_ for key, id_ in config.items() if key in ("bos_token_id", "eos_token_id")}
+    if isinstance(tokenizer, Tokenizer):
+        config["pad_token_id"] = 255  # the byte that is in no text: see tokenizer_json
+    ends = {key: config[key] for key in ENDS if key in config}
     contents = {"config.json": config, "generation_config.json": ends}
     return {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}
 
@@ -117,18 +129,28 @@ def main() -> None:
     own = "the model's router, if it is one of your own"
     parser.add_argument("--router", metavar="FILE.py", type=router_name, help=own)
     parser.add_argument("--dtype", choices=[*FORMATS], help="of the weights")
+    begin = "tokenizers there begin a text with <|endoftext|>, as prompts do here"
+    parser.add_argument("--add_bos", action="store_true", help=begin)
+    known = "for vLLM and older transformers; to train on there, leave it out"
+    parser.add_argument("--family", choices=["qwen3_next"], help=known)
     args = parser.parse_args()
     is_gguf = args.folder.endswith(".gguf")
     if args.dtype == "q8_0" and not is_gguf:
         parser.error("--dtype q8_0 is for a file, NAME.gguf; a folder has fp32 or bf16")
+    if args.family and is_gguf:
+        parser.error(f"--family {args.family} is for a folder; leave it out")
     with one_line_errors():
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.dtype)  # None: as it is
         model, tokenizer = load(args.checkpoint, dtype=dtype)
-        export(model, tokenizer, args.folder, dtype=args.dtype or "fp32")
+        options = {"add_bos": args.add_bos, "family": args.family}
+        export(model, tokenizer, args.folder, dtype=args.dtype or "fp32", **options)
     if is_gguf:
         return print(f"{args.folder}: llama.cpp, Ollama and LM Studio open it")
-    architecture = FAMILIES[family_of(model.config, dense_layers(model))].architecture
-    print(f"{args.folder}: a {architecture}; transformers opens it, and so does sample.py --model")
+    model_type = family_of(model.config, dense_layers(model), args.family)
+    architecture = FAMILIES[model_type].architecture
+    since = " 5.24 (older 5, and vLLM: --family qwen3_next)" if model_type == "lara_mini" else ""
+    opens = f"transformers{since} opens it, and so does sample.py --model"
+    print(f"{args.folder}: a {architecture}; {opens}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
     python data/exchange/export.py runs/stories/best.pt model.gguf --dtype q8_0
 
 Its architectures `qwen3` and `qwen3moe` compute what lamoe.py does with qk_norm, `llama`, dense or
-sparse, what it does without. The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md
+sparse, what it does without; `granitemoe` has shared experts besides. `glm4moe` has all the rest:
+shared experts with qk_norm, the other routers, dense first layers.
+The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import os
@@ -11,13 +13,13 @@ import os
 import torch
 
 from bpe import Tokenizer
-from data.exchange.huggingface import dense_layers, family_of
+from data.exchange.huggingface import dense_layers, reason_against
 from data.foreign import VISIBLE, tokenizer_json
 from data.run.files import replacing
-from lamoe import Config, LaMoE, SwiGLU, rope_table
+from lamoe import Config, DeepSeek, LaMoE, MoE, SwiGLU, rope_table
 
-ARCHITECTURES = {"llama": "llama", "mixtral": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 NORMAL, CONTROL = 1, 3  # types of tokens
+SOFTMAX, SIGMOID = 1, 2  # kinds of routers
 FORMATS = {"fp32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}  # of numbers: ours -> theirs
 
 
@@ -35,14 +37,16 @@ def write_gguf(model: LaMoE, tokenizer, path: str | os.PathLike, dtype: str = "f
     with replacing(path) as file:
         writer = gguf.GGUFWriter(file.name, architecture)
         for key, value in settings_of(model.config, architecture).items():
-            add = writer.add_float32 if type(value) is float else writer.add_uint32
+            add = {float: writer.add_float32, bool: writer.add_bool}.get(type(value))
+            add = add or writer.add_uint32
             add(f"{architecture}.{key}", value)
         add_tokenizer(writer, tokenizer)
         for name, weight in named_tensors(model, architecture):
             array = weight.detach().float().cpu().numpy()
             is_matrix = array.ndim > 1 and "gate_inp" not in name and array.shape[-1] % 32 == 0
             kind = gguf.GGMLQuantizationType[FORMATS[dtype] if is_matrix else "F32"]
-            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(array, kind), raw_dtype=kind)
+            name = name if name.endswith(".bias") else f"{name}.weight"
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -51,17 +55,26 @@ def write_gguf(model: LaMoE, tokenizer, path: str | os.PathLike, dtype: str = "f
 
 def architecture_of(model: LaMoE, tokenizer) -> str:
     """llama.cpp's name for what the model computes; ValueError with the reason if it has none."""
-    c, dense = model.config, dense_layers(model)
-    family, reason = family_of(c, dense), ""
+    c, dense, reason = model.config, dense_layers(model), ""
+    if c.n_experts == 1:
+        architecture = "qwen3" if c.qk_norm else "llama"
+    elif c.router in ("switch", "deepseek") or dense or (c.n_shared_experts and c.qk_norm):
+        architecture = "glm4moe"
+    elif c.n_shared_experts:
+        architecture = "granitemoe"
+    else:
+        architecture = "qwen3moe" if c.qk_norm else "llama"
     if not isinstance(tokenizer, Tokenizer):
         reason = "the tokenizer is not bpe.py's; export a folder, and convert that with llama.cpp"
-    elif family == "qwen3_moe" and dense:
-        reason = "qwen3moe has no dense layers; train with --n_dense_layers 0"
-    elif c.qk_norm and c.rope_factor != 1:
-        reason = "qwen3 has no rope_factor; train with --no-qk_norm or --rope_factor 1"
+    elif c.rope_factor != 1 and architecture != "llama":
+        reason = f"{architecture} has no rope_factor; train with --rope_factor 1"
+    elif c.n_experts > 1 and dense != [*range(len(dense))]:
+        reason = f"{architecture}'s dense layers are its first, not {dense}"
+    elif c.n_experts > 1:
+        reason = reason_against(c)
     if reason:
         raise ValueError(f"no GGUF file can hold this model: {reason}")
-    return ARCHITECTURES[family]
+    return architecture
 
 
 def settings_of(c: Config, architecture: str) -> dict:
@@ -78,8 +91,24 @@ def settings_of(c: Config, architecture: str) -> dict:
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         settings[key] = c.head_size
     if c.n_experts > 1:
-        settings |= {"expert_count": c.n_experts, "expert_used_count": c.top_k}
+        settings |= {"expert_count": c.n_experts, "expert_used_count": c.n_active}
         settings["expert_feed_forward_length"] = c.hidden_dim
+    if architecture == "granitemoe":
+        settings["expert_shared_feed_forward_length"] = c.n_shared_experts * c.hidden_dim
+        scales = ("embedding_scale", "residual_scale", "logit_scale")
+        settings |= {**dict.fromkeys(scales, 1.0), "attention.scale": c.head_size**-0.5}
+    elif architecture == "glm4moe":
+        is_sigmoid = c.router == "deepseek"
+        settings |= {
+            "expert_shared_count": max(1, c.n_shared_experts),
+            "leading_dense_block_count": c.n_dense_layers,
+            "feed_forward_length": (c.n_active + c.n_shared_experts) * c.hidden_dim,
+            "expert_gating_func": SIGMOID if is_sigmoid else SOFTMAX,
+            "expert_weights_norm": c.router != "switch",
+            "expert_weights_scale": float(c.routed_scale) if is_sigmoid else 1.0,
+        }
+        if c.top_groups < c.n_groups and is_sigmoid:
+            settings |= {"expert_group_count": c.n_groups, "expert_group_used_count": c.top_groups}
     return settings
 
 
@@ -111,20 +140,35 @@ def named_tensors(model: LaMoE, architecture: str):
         yield "rope_freqs", plain / slow
     for i, block in enumerate(model.blocks):
         attn, ffn = block.attn, block.ffn
-        names = {"attn_norm": block.attn_norm, "ffn_norm": block.ffn_norm, "attn_v": attn.v_proj}
+        ffn_norm = "post_attention_norm" if architecture == "glm4moe" else "ffn_norm"
+        names = {"attn_norm": block.attn_norm, ffn_norm: block.ffn_norm, "attn_v": attn.v_proj}
         names |= {"attn_output": attn.o_proj, "attn_q": attn.q_proj, "attn_k": attn.k_proj}
         if c.qk_norm:
             names |= {"attn_q_norm": attn.q_norm, "attn_k_norm": attn.k_norm}
         weights = {name: module.weight for name, module in names.items()}
-        if architecture == "llama":  # its RoPE turns neighbours, where ours turns halves
+        if architecture in ("llama", "granitemoe"):  # their RoPE turns neighbours, ours halves
             for name, n_heads in (("attn_q", c.n_heads), ("attn_k", c.n_kv_heads)):
                 halves = weights[name].view(n_heads, 2, -1, c.dim)
                 weights[name] = halves.transpose(1, 2).reshape(-1, c.dim)
-        if isinstance(ffn, SwiGLU):
-            end, gate_up, down = "", ffn.gate_up_proj.weight, ffn.down_proj.weight
-        else:
-            end, gate_up, down = "_exps", ffn.experts.gate_up_proj, ffn.experts.down_proj
-            weights["ffn_gate_inp"] = ffn.router.weight
-        gate, up = gate_up.chunk(2, dim=-2)
-        weights |= {f"ffn_gate{end}": gate, f"ffn_up{end}": up, f"ffn_down{end}": down}
+        weights |= ffn_tensors(ffn, architecture)
         yield from ((f"blk.{i}.{name}", weight) for name, weight in weights.items())
+
+
+def ffn_tensors(ffn: SwiGLU | MoE, architecture: str) -> dict[str, torch.Tensor]:
+    """Their names and the tensors of a feed-forward layer, dense or sparse."""
+    if isinstance(ffn, SwiGLU):
+        return cut_tensors("", *ffn.parameters())
+    tensors = {"ffn_gate_inp": ffn.router.weight, **cut_tensors("_exps", *ffn.experts.parameters())}
+    shared = ffn.shared and ffn.shared.parameters()
+    if architecture == "glm4moe":
+        is_biased = isinstance(ffn.router, DeepSeek)
+        n_experts = len(ffn.router.weight)
+        tensors["exp_probs_b.bias"] = ffn.router.bias if is_biased else torch.zeros(n_experts)
+        # It knows no layer without shared experts: one of zeros adds nothing.
+        shared = shared or [torch.zeros_like(stack[0]) for stack in ffn.experts.parameters()]
+    return tensors | cut_tensors("_shexp", *shared) if shared else tensors
+
+
+def cut_tensors(end: str, gate_up: torch.Tensor, down: torch.Tensor) -> dict[str, torch.Tensor]:
+    gate, up = gate_up.chunk(2, dim=-2)
+    return {f"ffn_gate{end}": gate, f"ffn_up{end}": up, f"ffn_down{end}": down}

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 import lamoe
-from data.exchange.huggingface import FAMILIES, dense_layers, family_of, from_hf_config, hf_tensors
+from data.exchange.gates import without_gates
+from data.exchange.granite import take_factors, with_factors
+from data.exchange.huggingface import (
+    FAMILIES,
+    as_stored,
+    asked_of,
+    dense_layers,
+    family_of,
+    from_hf_config,
+    hf_tensors,
+)
 from data.foreign import load_tokenizer
 from data.run import checkpoint
 
@@ -46,9 +56,12 @@ def load_folder(folder: Path, device: str, dtype: torch.dtype | None):
         raise ValueError(f"{folder} is {reason}; {remedy}")
     try:
         theirs, files = read_json(folder / "config.json"), open_tensors(folder)
-        c, dense = from_hf_config(theirs)
-        model = reserve(c, dense, files, device, dtype)
-        for name, weight in hf_tensors(model, files).items():
+        plain, factors = take_factors(theirs)
+        (c, dense), asked = from_hf_config(plain, no_shared(files)), asked_of(plain)
+        files = without_gates(files, c) if asked else files
+        files = with_factors(files, factors) if factors else files
+        model = reserve(c, dense, files, device, dtype, asked)
+        for name, weight in hf_tensors(model, files, asked).items():
             weight.copy_(files[name].get_tensor(name))
     except KeyError as error:
         raise ValueError(f"{folder} can't be read: it lacks {error}") from error
@@ -96,6 +109,12 @@ def open_tensors(folder: Path) -> dict:
     return {name: file for file in files for name in file.keys()}
 
 
+def no_shared(files: dict) -> bool:
+    """Whether there are shared experts, and all of them zeros: as for a model without any."""
+    names = [name for name in files if ".mlp.shared_experts." in name]
+    return bool(names) and not any(files[name].get_tensor(name).any() for name in names)
+
+
 class NoInit(torch.overrides.TorchFunctionMode):
     """Inside, weights get no first values: those about to be read would only lose time on them."""
 
@@ -105,10 +124,11 @@ class NoInit(torch.overrides.TorchFunctionMode):
         return args[0] if function is Tensor.zero_ else function(*args, **(kwargs or {}))
 
 
-def reserve(c: lamoe.Config, dense: list[int], files: dict, device: str, dtype) -> lamoe.LaMoE:
+def reserve(c: lamoe.Config, dense: list[int], files: dict, device, dtype, asked) -> lamoe.LaMoE:
     """A model for the tensors in these files, which are not read yet; dtype as for `load`."""
-    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in files)
-    if c.n_layers * (1 if fused else c.n_experts) > len(files):
+    family = as_stored(FAMILIES[family_of(c, dense, asked)], files)
+    is_apart = len(family.parts) == 3 and not family.is_stacked
+    if c.n_layers * (c.n_experts if is_apart else 1) > len(files):
         raise ValueError(f"{c.n_layers} layers of {c.n_experts} experts are not in its files")
     stored = {name: file.get_slice(name).get_dtype() for name, file in files.items()}
     is_bf16 = stored["model.embed_tokens.weight"] == "BF16"
@@ -121,11 +141,13 @@ def reserve(c: lamoe.Config, dense: list[int], files: dict, device: str, dtype) 
         torch.set_default_dtype(before)
     if c.n_experts > 1 and dense_layers(model) != dense:
         raise ValueError(f"mlp_only_layers={dense} is not supported, only {dense_layers(model)}")
-    ffn = "mlp" if fused else FAMILIES[family_of(c, dense)].ffn
-    for i, block in enumerate(model.blocks):  # a router computes in fp32: if stored so, it stays so
-        if stored.get(f"model.layers.{i}.{ffn}.gate.weight") == "F32":
-            block.ffn.router.float()
-    check_tensors(hf_tensors(model, files), files, c.tie_embeddings)
+    for i in model.sparse_layers:  # a router computes in fp32: if stored so, it stays so
+        router, name = model.blocks[i].ffn.router, f"{family.ffn}.{family.router}.weight"
+        if stored.get(f"model.layers.{i}.{name}") == "F32":
+            router.float()
+        for name, buffer in router.named_buffers():  # a bias moves in steps too small for bf16
+            setattr(router, name, buffer.float())
+    check_tensors(hf_tensors(model, files, asked), files, c.tie_embeddings)
     return model
 
 
