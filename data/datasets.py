@@ -3,7 +3,7 @@
 corpus = read("stories")               # the embedded corpus, drawn on first use
 corpus = read("facts")                 # another: an invented world to memorise
 corpus = read("bbc")                   # a public set, once `python data/datasets.py bbc` has run
-corpus = read("book.txt")              # .txt .md .csv .jsonl .zip, or a folder of them
+corpus = read("book.txt")              # text, code, .csv .jsonl .parquet .zip, or a folder of them
 corpus = read("bbc,physics,book.txt")  # a mixture; each document keeps its source
 
 A corpus is never in memory: its documents are read anew each time one iterates. What is kept of
@@ -26,7 +26,7 @@ import numpy as np
 if __package__ in (None, ""):  # run as a script: let it find its neighbours
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import download, facts, formats, stories  # noqa: E402
+from data import download, facts, formats, rows, stories, unpack  # noqa: E402
 from data.formats import SEPARATOR, split_documents  # noqa: E402
 from data.run.files import replacing  # noqa: E402
 from data.run.flags import OneLineParser, one_line_errors  # noqa: E402
@@ -93,17 +93,20 @@ class Corpus(NamedTuple):
         return None if self.floor_bits is None else self.floor_bits.sum() / len(self.kind_of_byte)
 
 
-def read(name: str, text_column: str = "", train_bytes: int = 0, progress=None) -> Corpus:
+def read(
+    name: str, text_column: str = "", train_bytes: int = 0, progress=None, suffix: str = ""
+) -> Corpus:
     """The corpus called `name`. ValueError names the cause and a remedy.
 
-    text_column: of csv and jsonl files, else guessed. train_bytes: of a drawn corpus, else its own.
+    text_column: of tables, else guessed. train_bytes: of a drawn corpus, else its own. suffix: of a
+    folder's files only these, ".py,.md".
     """
     if name in DRAWN:
         return read_drawn(name, train_bytes)
     parts = [name] if Path(name).exists() else name.split(",")
     names = [Path(part).stem for part in parts]
     names = names if len(set(names)) == len(names) else parts
-    members = {label: find(part) for label, part in zip(names, parts, strict=True)}
+    members = {label: find(part, suffix) for label, part in zip(names, parts, strict=True)}
 
     def pieces(note=lambda line: None):
         for label, files in members.items():
@@ -130,8 +133,8 @@ def identity(file: Path) -> tuple:
     return f"{file}", now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino
 
 
-def find(name: str) -> list[formats.Member]:
-    """The files of a set or a path."""
+def find(name: str, suffix: str = "") -> list[formats.Member]:
+    """The files of a set or a path, in a folder those of these suffixes."""
     if name in DRAWN:
         raise ValueError(f"{name} has a validation text of its own; use it alone: --data {name}")
     known, path = name in download.SETS, find_path(name)
@@ -143,7 +146,7 @@ def find(name: str) -> list[formats.Member]:
             f"{name}: no such file, folder or data set; try --data stories, a path, or one of "
             f"{names}"
         )
-    members = formats.find(path)
+    members = formats.find(path, suffix)
     if not members:
         remedy = f"fetch it: python data/datasets.py {name}" if known else "name another"
         raise ValueError(f"{path} holds no file of UTF-8 text; put text there, or {remedy}")
@@ -170,7 +173,10 @@ ARRAYS = Table._fields[:5]
 
 def documents_table(pieces, key, progress=None) -> Table:
     """The table of a text; remembered as long as its files and these readers stay as they are."""
-    code = [Path(module.__file__).read_bytes() for module in (formats, sys.modules[__name__])]
+    code = [
+        Path(module.__file__).read_bytes()
+        for module in (formats, rows, unpack, sys.modules[__name__])
+    ]
     path = CACHE / f"table-{hashlib.sha256(repr((code, key)).encode()).hexdigest()[:16]}.npz"
     if path.exists():
         with np.load(path) as saved:

@@ -146,9 +146,14 @@ def test_a_file_that_is_no_text_is_refused_with_the_place(tmp_path, content, wor
     assert "\n" not in str(error.value)
 
 
-def test_in_a_folder_the_bad_file_is_named(tmp_path):
+def test_in_a_folder_a_bad_file_is_left_out_and_named(tmp_path):
     write(tmp_path / "shelf" / "good.txt", "text")
     write(tmp_path / "shelf" / "worse.txt", b"\xff")
+    write(tmp_path / "shelf" / "worst.txt", "hello".encode("utf-16"))
+    corpus = datasets.read("shelf")
+    assert "".join(everything(corpus)) == "text"
+    assert "left out: shelf/worse.txt is not UTF-8" in corpus.how and "1 other" in corpus.how
+    (tmp_path / "shelf" / "good.txt").unlink()
     with pytest.raises(ValueError, match="worse.txt is not UTF-8"):
         datasets.read("shelf")
 
