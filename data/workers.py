@@ -70,7 +70,9 @@ def results(task: str, setup, items, n: int):
                 yield first()
         while pending:
             yield first()
-        yield from [worker.ask(None) for worker in workers]
+        pending.extend(threads.submit(worker.ask, None) for worker in workers)
+        while pending:
+            yield first()
     finally:
         for worker in workers:
             worker.end()
