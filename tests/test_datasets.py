@@ -378,3 +378,30 @@ def test_another_text_of_the_same_name_size_and_time_is_another_text(tmp_path, m
     shutil.copy2(tmp_path / "A" / "book.txt", "book.txt")
     found.append("".join(everything(datasets.read("book.txt"))))
     assert [text[0] for text in found] == ["a", "b", "a"]
+
+
+def test_starting_again_looks_into_no_file_and_notices_each_that_changed(tmp_path, monkeypatch):
+    for i in range(40):
+        write(tmp_path / "shelf" / f"{i:02}.txt", f"file {i}")
+    write(tmp_path / "shelf" / "picture.png", b"\x89PNG")
+    first = datasets.read("shelf")
+    find = datasets.find
+    monkeypatch.setattr(datasets, "find", None)
+    again = datasets.read("shelf")
+    assert (again.how, again.key) == (first.how, first.key) and "left out: 1 .png" in again.how
+    monkeypatch.setattr(datasets, "find", find)
+    assert everything(datasets.read("shelf")) == everything(first)
+    write(tmp_path / "shelf" / "new.txt", "one more")
+    assert "one more" in everything(datasets.read("shelf"))
+    write(tmp_path / "shelf" / "00.txt", "FILE 0")
+    assert "FILE 0" in everything(datasets.read("shelf"))
+    assert datasets.read("shelf", suffix=".txt").how.count("left out") == 1
+
+
+def test_a_first_reading_tells_how_long_it_takes(tmp_path, monkeypatch):
+    write(tmp_path / "many.txt", f"\n{EOT}\n".join(f"document {i}" for i in range(60)))
+    clock = iter(range(10**6))
+    monkeypatch.setattr(datasets.time, "monotonic", lambda: next(clock))
+    told = []
+    datasets.read("many.txt", progress=told.append)
+    assert "list of files" in told[0] and "of 0 MB" in told[1] and "s left" in told[1]
