@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # run as a script: let it find its neighbours
     sys.path[0] = str(ROOT)
 
-MOST = 16  # workers; one process reads the text for all of them, and can't feed more
+MOST = 8  # workers: with more, text of 1 GB would take more than 1 GB of memory in all
 EACH = 1 << 23  # bytes of text that make one more worker worth its start
 
 # --- 1. The program that gives work ---------------------------------------------------------------
@@ -127,7 +127,7 @@ def encode(setup, items, reply) -> None:
     from data.foreign import tokenizer_from_state
 
     state, n = setup
-    bpe.CACHE_SIZE = max(1 << 16, 2 * bpe.CACHE_SIZE // n)  # all together 200 MB when full
+    bpe.CACHE_SIZE = max(1 << 15, bpe.CACHE_SIZE // n)  # all together 150 MB when full
     tokenizer = tokenizer_from_state(state)
     for texts, ends in items:
         reply(ids_of(tokenizer, texts, ends))
