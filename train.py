@@ -49,6 +49,7 @@ class TrainConfig:
 
     data: str = "stories"  # an embedded corpus, a public set, a file, folder or zip; or A,B,C
     text_column: str = ""  # the one with the text in csv and jsonl files; empty: guessed
+    suffix: str = ""  # of a folder's or zip's files only these: .py,.md; empty: all that are text
     out: str = ""  # the run's folder; empty: runs/ and the data's name
     init: str = ""  # Hugging Face folder or checkpoint: weights, config and tokenizer to start from
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -115,10 +116,9 @@ class Batches:
     def __init__(self, ids: np.ndarray, first: int, length: int, size: int, seed: int):
         self.ids, self.length, self.size, self.seed = ids, length, size, seed
         self.rows = ranks.share_of_rows(size)
-        last = len(ids) - 1 - length  # the text's last window moves back to be full
         documents = tokens.document_starts(ids[:-1], first)  # a pass over the whole text
         starts = windows(ids, first, length, documents)[:, 0]
-        self.starts = np.unique(np.minimum(starts, last))
+        self.starts = np.unique(np.minimum(starts, len(ids) - 1 - length))  # the last one is full
         self.is_cut = ~np.isin(self.starts, documents)  # begins where the one before ended
         self.epoch, self.order = -1, None
 
@@ -397,8 +397,8 @@ def set_up(flags: dict, resuming: bool) -> Run:
     asked, init, tokenizer = presets.settings_of_data(TrainConfig, flags, saved), None, None
     tracker = Tracker(asked["track"])
     with ranks.rank_0_first():  # it makes the files that the others then find
-        size = asked["draw_mb"] * 10**6
-        corpus = datasets.read(asked["data"], asked["text_column"], size, print_in_place)
+        how = asked["text_column"], asked["draw_mb"] * 10**6, print_in_place, asked["suffix"]
+        corpus = datasets.read(asked["data"], *how)
         if saved:
             settings, config = presets.resumed_config(TrainConfig, flags, saved)
             storage.check_text(saved, corpus, settings.data)

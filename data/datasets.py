@@ -3,7 +3,7 @@
 corpus = read("stories")               # the embedded corpus, drawn on first use
 corpus = read("facts")                 # another: an invented world to memorise
 corpus = read("bbc")                   # a public set, once `python data/datasets.py bbc` has run
-corpus = read("book.txt")              # .txt .md .csv .jsonl .zip, or a folder of them
+corpus = read("book.txt")              # text, code, .csv .jsonl .parquet .zip, or a folder of them
 corpus = read("bbc,physics,book.txt")  # a mixture; each document keeps its source
 
 A corpus is never in memory: its documents are read anew each time one iterates. What is kept of
@@ -12,13 +12,15 @@ each are hashes and its length; they find copies and decide the side of the spli
     python data/datasets.py NAME [--limit 500MB]
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
+import os
 import sys
 import time
 from array import array
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +29,11 @@ import numpy as np
 if __package__ in (None, ""):  # run as a script: let it find its neighbours
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import download, facts, formats, stories  # noqa: E402
+from data import download, facts, formats, rows, stories, unpack  # noqa: E402
 from data.formats import SEPARATOR, split_documents  # noqa: E402
 from data.run.files import replacing  # noqa: E402
 from data.run.flags import OneLineParser, one_line_errors  # noqa: E402
+from data.unpack import PACKED  # noqa: E402
 
 CACHE = Path(__file__).parent / "cache"  # drawn text, tables of documents, ids; git ignores it
 SETS = Path(__file__).parent / "sets"  # downloads, a folder each; git ignores it
@@ -96,10 +99,13 @@ class Corpus(NamedTuple):
         return None if bits is None else float(bits.sum() / len(self.kind_of_byte))
 
 
-def read(name: str, text_column: str = "", train_bytes: int = 0, progress=None) -> Corpus:
+def read(
+    name: str, text_column: str = "", train_bytes: int = 0, progress=None, suffix: str = ""
+) -> Corpus:
     """The corpus called `name`. ValueError names the cause and a remedy.
 
-    text_column: of csv and jsonl files, else guessed. train_bytes: of a drawn corpus, else its own.
+    text_column: of tables, else guessed. train_bytes: of a drawn corpus, else its own. suffix: of a
+    folder's files only these, ".py,.md".
     """
     if name in DRAWN:
         return read_drawn(name, train_bytes)
@@ -107,23 +113,36 @@ def read(name: str, text_column: str = "", train_bytes: int = 0, progress=None) 
     if drawn := [part for part in dict.fromkeys(parts) if part in DRAWN]:
         others = ",".join(part for part in parts if part not in DRAWN)
         corpora = [read_drawn(part, train_bytes) for part in drawn]
-        return mix([*corpora, read(others, text_column, 0, progress)] if others else corpora)
+        return mix(
+            [*corpora, read(others, text_column, 0, progress, suffix)] if others else corpora
+        )
     names = [Path(part).stem for part in parts]
     names = names if len(set(names)) == len(names) else parts
-    members = {label: find(part) for label, part in zip(names, parts, strict=True)}
+    for part in parts:
+        check_name(part)
+    if progress:
+        progress("reading    the list of files")
+    files = [identity for part in parts for identity in identities(find_path(part))]
+
+    @cache
+    def members():  # looks into every file: not needed where nothing is read
+        return [find(part, suffix) for part in parts]
 
     def pieces(note=lambda line: None):
-        for label, files in members.items():
-            for source, text, ends in formats.documents(files, text_column, note):
-                yield label if len(members) > 1 else source, text, ends
+        for label, found in zip(names, members(), strict=True):
+            for source, text, ends in formats.documents(found, text_column, note):
+                yield label if len(parts) > 1 else source, text, ends
 
-    files = sorted({m.path.resolve() for found in members.values() for m in found})
-    table = documents_table(pieces, (list(map(identity, files)), members, text_column), progress)
-    shown = [
-        formats.left_out(find_path(part), members[label])
-        for label, part in zip(names, parts, strict=True)
-    ]
-    table = table._replace(notes=[*table.notes, *filter(None, shown)])
+    def pieces_and_notes(note):
+        yield from pieces(note)
+        for part, found in zip(parts, members(), strict=True):
+            if line := formats.left_out(find_path(part), found):
+                note(line)
+
+    packed = any(file.lower().endswith((".zip", ".parquet", *PACKED)) for file, *_ in files)
+    total = 0 if packed else sum(size for _, size, *_ in files)
+    key = (files, parts, text_column, suffix)
+    table = documents_table(pieces_and_notes, key, progress, total)
     return split((Path(name).stem or Path(name).resolve().name)[:60], pieces, table)
 
 
@@ -131,14 +150,27 @@ def find_path(name: str) -> Path:
     return SETS / name if name in download.SETS else Path(name)
 
 
-def identity(file: Path) -> tuple:
-    """What no other text has: a backup keeps size and time of change, but not when it was made."""
-    now = file.stat()
-    return f"{file}", now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino
+def identities(path: Path) -> list[tuple]:
+    """Of each file below a path what no other has, hidden folders left out: a second for 100,000.
+
+    A backup keeps size and time of change, but not when it was made.
+    """
+    files = [os.path.realpath(path)]
+    if path.is_dir():
+        walk = os.walk(files.pop())
+        for folder, folders, names in walk:
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            files += (os.path.join(folder, name) for name in sorted(names))
+    found = []
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # a link to nowhere
+            now = os.stat(file)
+            found.append((file, now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino))
+    return found
 
 
-def find(name: str) -> list[formats.Member]:
-    """The files of a set or a path."""
+def check_name(name: str) -> None:
+    """ValueError unless something of that name is here."""
     known, path = name in download.SETS, find_path(name)
     if not path.exists():
         if known:
@@ -148,7 +180,12 @@ def find(name: str) -> list[formats.Member]:
             f"{name}: no such file, folder or data set; try --data stories, a path, or one of "
             f"{names}"
         )
-    members = formats.find(path)
+
+
+def find(name: str, suffix: str = "") -> list[formats.Member]:
+    """The files of a set or a path, in a folder those of these suffixes."""
+    known, path = name in download.SETS, find_path(name)
+    members = formats.find(path, suffix)
     if not members:
         remedy = f"fetch it: python data/datasets.py {name}" if known else "name another"
         raise ValueError(f"{path} holds no file of UTF-8 text; put text there, or {remedy}")
@@ -173,14 +210,17 @@ class Table(NamedTuple):
 ARRAYS = Table._fields[:5]
 
 
-def documents_table(pieces, key, progress=None) -> Table:
+def documents_table(pieces, key, progress=None, total: int = 0) -> Table:
     """The table of a text; remembered as long as its files and these readers stay as they are."""
-    code = [Path(module.__file__).read_bytes() for module in (formats, sys.modules[__name__])]
+    code = [
+        Path(module.__file__).read_bytes()
+        for module in (formats, rows, unpack, sys.modules[__name__])
+    ]
     path = CACHE / f"table-{hashlib.sha256(repr((code, key)).encode()).hexdigest()[:16]}.npz"
     if path.exists():
         with np.load(path) as saved:
             return Table(*(saved[field] for field in ARRAYS), *json.loads(str(saved["words"])))
-    table = scan(pieces, progress)
+    table = scan(pieces, progress, total)
     CACHE.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         words = json.dumps([table.names, table.notes])
@@ -188,11 +228,12 @@ def documents_table(pieces, key, progress=None) -> Table:
     return table
 
 
-def scan(pieces, progress=None) -> Table:
+def scan(pieces, progress=None, size_of_all: int = 0) -> Table:
+    """Reads all of a text once; size_of_all, if known, tells how long that takes [bytes]."""
     digests, bodies, sources = array("Q"), array("Q"), array("B")
     n_chars, n_bytes, names, notes = array("q"), array("q"), {}, []
     digest, body, chars, size = hashlib.sha256(), hashlib.blake2b(digest_size=8), 0, 0
-    total, said = 0, 0.0
+    total, started, said = 0, time.monotonic(), 0.0
     for source, text, ends in pieces(notes.append):
         data = text.encode()
         digest.update(data)
@@ -207,7 +248,13 @@ def scan(pieces, progress=None) -> Table:
             digest, body, chars, size = hashlib.sha256(), hashlib.blake2b(digest_size=8), 0, 0
         if progress and time.monotonic() - said > 0.2:
             said = time.monotonic()
-            progress(f"reading    {total / 1e6:,.0f} MB, {len(digests):,} documents")
+            line = f"reading    {total / 1e6:,.0f} MB, {len(digests):,} documents"
+            if total < size_of_all:
+                left = (said - started) * (size_of_all / total - 1)
+                line = (
+                    line.replace(" MB", f" of {size_of_all / 1e6:,.0f} MB") + f", {left:.0f} s left"
+                )
+            progress(line)
     arrays = (np.array(column) for column in (digests, bodies, n_chars, n_bytes, sources))
     return Table(*arrays, list(names), list(dict.fromkeys(notes)))
 

@@ -45,6 +45,8 @@ def kaggle(name: str, owner_and_set: str) -> Source:
 KARPATHY = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
 KARPATHY += "tinyshakespeare/input.txt"
 KARPATHY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+LINUX = "https://github.com/torvalds/linux"
+FINEWEB = "https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle"
 STORIES = "https://huggingface.co/datasets/roneneldan/TinyStories"
 SETS = {
     "bbc": kaggle("bbc", "pariza/bbc-news-summary"),
@@ -55,6 +57,17 @@ SETS = {
     "tinyshakespeare": Source(KARPATHY, "tinyshakespeare.txt", KARPATHY, KARPATHY_SHA256),
     "tinystories": Source(
         f"{STORIES}/resolve/main/TinyStoriesV2-GPT4-train.txt", "tinystories.txt", STORIES
+    ),
+    # For gigabytes and a GPU; none wants a login. Web pages that teach something: 250 MB of prose,
+    # the first of 1,823 such files.
+    "fineweb": Source(f"{FINEWEB}/resolve/main/shard_00000.parquet", "fineweb.parquet", FINEWEB),
+    # Source code, 1.4 GB in 80,000 files, of which a server never tells the size.
+    "linux": Source(f"{LINUX}/archive/refs/tags/v6.12.zip", "linux.zip", LINUX),
+    # The first 1,000,000,000 bytes of Wikipedia, with its markup.
+    "enwik9": Source(
+        "https://mattmahoney.net/dc/enwik9.zip",
+        "enwik9.zip",
+        "https://mattmahoney.net/dc/textdata.html",
     ),
 }
 
@@ -75,6 +88,8 @@ def fetch(name: str, folder: Path, limit: int | None = None) -> Path:
         print(f"{path} is here already; to fetch it again, delete it")
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    if limit and path.suffix == ".parquet":
+        raise ValueError(f"{name} is one Parquet file, of which no part can be read: no --limit")
     get = download_members if limit and path.suffix == ".zip" else download
     try:
         get(source, path, limit)
@@ -202,12 +217,21 @@ def check(part: Path, source: Source) -> None:
         what = f"has the SHA-256 {digest.hexdigest()[:12]}..., not {source.sha256[:12]}..."
     elif source.file.endswith(".zip") and not zipfile.is_zipfile(part):
         what = "is no whole zip"
+    elif source.file.endswith(".parquet") and not is_parquet(part):
+        what = "is no whole Parquet file"
     if what:
         part.unlink()
         raise ValueError(
             f"what {source.url} sent {what}; try again, or open {source.page} in a browser and put "
             f"the file into {part.parent}/"
         )
+
+
+def is_parquet(path: Path) -> bool:
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        marks = [file.read(4) for at in (0, max(0, size - 4)) if file.seek(at) >= 0]
+    return size > 8 and marks == [b"PAR1"] * 2
 
 
 def last_line(file, limit: int) -> int:

@@ -12,18 +12,16 @@ Which set a file belongs to is seen from its layout alone, wherever it came from
 | .../AA/wiki_00 (Wikipedia)               | an article    | "word ()" to "word"                   |
 | a csv with a speaker and a line          | a scene       | stage directions out                  |
 | a csv with page, section_title, text     | a page        | formulas folded, "word ()" to "word"  |
-| any other csv or jsonl                   | a row         |                                       |
+| any other .csv .tsv .jsonl .json .parquet| a row         | of `messages`: joined, roles as lines |
+| a hub's README.md beside tables          | as above      | the tables alone are read             |
 | any other text                           | a file, or what lines <|endoftext|> separate in it    |
 """
 
-import bz2
 import codecs
 import contextlib
-import csv
 import gzip
 import io
 import itertools
-import json
 import lzma
 import re
 import struct
@@ -34,20 +32,27 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from data.rows import TABLES, read_rows
+from data.unpack import PACKED, unpacked
+
 SEPARATOR = "<|endoftext|>"  # a line of its own in files, a token for the model
 BLOCK = 1 << 20  # read at a time [bytes]
 PIECE = 1 << 20  # longer documents come in pieces [characters]
-LONGEST_LINE = 1 << 26  # of a csv or jsonl [characters]
-TABLES = (".csv", ".tsv", ".jsonl", ".json")
-PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # unpacked while they are read
+ABOUT = re.compile(r"readme|licen[sc]e|citation|dataset_(infos?|dict)\.json|state\.json", re.I)
 NO_TEXT = {  # how files begin that are no text, and what to do
     b"%PDF": "a PDF; write its text to a file: pdftotext FILE",
-    b"PK\3\4": "a zip or an Office document; save it as plain text",
+    b"PK\3\4": "a zip or an Office document (.docx); save it as plain text",
     b"\x89PNG": "an image; name a file of text",
     b"\xff\xd8\xff": "an image; name a file of text",
     b"GIF8": "an image; name a file of text",
-    b"PAR1": "Parquet; write its rows to a .jsonl file",
-    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it: unzstd FILE",
+    b"II*\0": "an image; name a file of text",
+    b"MM\0*": "an image; name a file of text",
+    b"RIFF": "an image, sound or film; name a file of text",
+    b"PAR1": "Parquet; name it FILE.parquet",
+    b"\x28\xb5\x2f\xfd": "packed by zstd; name it FILE.zst",
+    b"BZh": "packed by bzip2; name it FILE.bz2",
+    b"\xfd7zXZ": "packed by xz; name it FILE.xz",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file; fetch that: git lfs pull",
     b"\x1f\x8b": "packed by gzip; name it FILE.gz",
     b"\xd0\xcf\x11\xe0": "an Office document; save it as plain text",
 }
@@ -55,7 +60,6 @@ CATEGORIES = "business entertainment politics sport tech".split()
 BBC = re.compile(rf"(?:^|/)({'|'.join(CATEGORIES)})/\d+\.txt$")
 WIKI = re.compile(r"(?:^|/)[A-Z]{2}/wiki_\d+$")
 MOST_SOURCES = 8  # more subfolders than that are no kinds of text
-csv.field_size_limit(LONGEST_LINE)
 
 # --- 1. What is there: files, and members of zips -------------------------------------------------
 
@@ -67,14 +71,30 @@ class Member(NamedTuple):
     source: str = ""  # the kind of text, where folders tell: "sport"
 
 
-def find(path: Path) -> list[Member]:
+def find(path: Path, suffixes: str = "") -> list[Member]:
     """The files of text at a path in a stable order; of a known set only what belongs to it.
 
     In a folder that is every UTF-8 file, of whatever suffix: code is text. What is left out is what
-    `left_out` names.
+    `left_out` names. suffixes: only files with one of these, ".py,.md".
     """
     if path.is_file() and not is_zip(path):
         return [Member(path, "", path.name)]  # whatever it is called
+    members = chosen = members_of(path)
+    if suffixes:
+        wanted = {f".{suffix.strip().lstrip('.').lower()}" for suffix in suffixes.split(",")}
+        chosen = [m for m in members if wanted & {kind(m.name), Path(m.name.lower()).suffix}]
+    if members and not chosen:
+        have = ", ".join(some_of(Counter(kind(m.name) or m.name for m in members)))
+        raise ValueError(f"{path} has no file that ends in {suffixes}; it has {have}")
+    bbc = [m for m in chosen if BBC.search(m.name) and "/Summaries/" not in f"/{m.name}"]
+    if {BBC.search(m.name)[1] for m in bbc} == set(CATEGORIES):
+        return [m._replace(source=BBC.search(m.name)[1]) for m in bbc]
+    wiki = [m for m in chosen if WIKI.search(m.name)]
+    return wiki or by_folder(of_a_hub([m for m, file in opened(chosen) if is_text(m, file)]))
+
+
+def members_of(path: Path) -> list[Member]:
+    """All files below a folder, and the members of its zips, but for the hidden ones."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     members = []
     for file in files:
@@ -84,12 +104,24 @@ def find(path: Path) -> list[Member]:
         else:
             members.append(Member(file, "", name))
     hidden = re.compile(r"(?:^|/)(?:\.|__MACOSX/)")
-    members = [m for m in members if not hidden.search(m.name)]
-    bbc = [m for m in members if BBC.search(m.name) and "/Summaries/" not in f"/{m.name}"]
-    if {BBC.search(m.name)[1] for m in bbc} == set(CATEGORIES):
-        return [m._replace(source=BBC.search(m.name)[1]) for m in bbc]
-    wiki = [m for m in members if WIKI.search(m.name)]
-    return wiki or by_folder([m for m, file in opened(members) if is_text(m, file)])
+    return [m for m in members if not hidden.search(m.name)]
+
+
+def kind(name: str) -> str:
+    """The suffix of what a file holds once it is unpacked: of rows.jsonl.gz it is ".jsonl"."""
+    path = Path(name.lower())
+    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+
+
+def of_a_hub(members: list[Member]) -> list[Member]:
+    """Of a data set with the README.md of a hub, its tables; beside Parquet no README is text."""
+    tables = [m for m in members if kind(m.name) in TABLES and not ABOUT.match(Path(m.name).name)]
+    card = next((m for m in members if m.name.rpartition("/")[2].lower() == "readme.md"), None)
+    if tables and card and any(file.read(4) == b"---\n" for _, file in opened([card])):
+        return tables
+    if any(kind(m.name) == ".parquet" for m in tables):
+        return [m for m in members if m in tables or not ABOUT.match(Path(m.name).name)]
+    return members
 
 
 def is_text(member: Member, file) -> bool:
@@ -98,7 +130,9 @@ def is_text(member: Member, file) -> bool:
         start = file.read(4096)
     except UNZIPPING as error:
         raise damaged(member, error) from None
-    is_known = start.startswith(tuple(NO_TEXT))
+    if kind(member.name) == ".parquet" and start[:4] == b"PAR1":
+        return True
+    is_known = start.startswith(tuple(NO_TEXT)) and not start.startswith(b"version")
     return bool(looks_like_utf16(start)) or not is_known and b"\0" not in start
 
 
@@ -109,9 +143,13 @@ def left_out(path: Path, members: list[Member]) -> str:
     kept = {m.path for m in members}
     visible = (p for p in path.rglob("*") if not any(part[0] == "." for part in p.parts[1:]))
     suffixes = Counter(p.suffix or p.name for p in visible if p.is_file() and p not in kept)
+    return f"{path}: left out: {', '.join(some_of(suffixes))}" if suffixes else ""
+
+
+def some_of(suffixes: Counter) -> list[str]:
+    """The commonest of them, as "3 .png"."""
     ordered = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
-    some = ", ".join(f"{n} {suffix}" for suffix, n in ordered[:6])
-    return f"{path}: left out: {some}" if some else ""
+    return [f"{n} {suffix}" for suffix, n in ordered[:6]]
 
 
 def is_zip(path: Path) -> bool:
@@ -140,10 +178,10 @@ def zip_names(path: Path) -> list[str]:
     if any(info.flag_bits & 1 for info in files):
         raise ValueError(f"{path} wants a password; unpack it yourself and name the folder")
     sizes = [(info.file_size, info.compress_size) for info in files]
-    for unpacked, packed in (*sizes, (sum(size for size, _ in sizes), path.stat().st_size)):
-        if unpacked > max(100 * packed, 1 << 26):  # text shrinks to a third, hardly to a tenth
+    for whole, packed in (*sizes, (sum(size for size, _ in sizes), path.stat().st_size)):
+        if whole > max(100 * packed, 1 << 26):  # text shrinks to a third, hardly to a tenth
             raise ValueError(
-                f"{path} would unpack from {packed / 1e6:.1f} to {unpacked / 1e6:,.0f} MB, as no "
+                f"{path} would unpack from {packed / 1e6:.1f} to {whole / 1e6:,.0f} MB, as no "
                 f"text does; unpack it yourself if you trust it, and name the folder"
             )
     return sorted(info.filename for info in files)
@@ -155,12 +193,11 @@ def opened(members: list[Member]):
         with zipfile.ZipFile(path) if is_zip(path) else contextlib.nullcontext() as archive:
             for member in group:
                 try:
-                    unpack = PACKED.get(path.suffix.lower(), open)
-                    file = archive.open(member.inside) if archive else unpack(path, "rb")
+                    file = archive.open(member.inside) if archive else open(path, "rb")
                 except (*UNZIPPING, KeyError, RuntimeError) as error:  # no such name; a password
                     raise damaged(member, error) from None
-                with file:
-                    yield member, file
+                with file, unpacked(file, Path(member.name.lower()).suffix) as content:
+                    yield member, content
 
 
 # What zipfile raises at archives that are damaged, or packed in a way it doesn't know.
@@ -178,6 +215,10 @@ def damaged(member: Member, error: Exception) -> ValueError:
 # --- 2. Bytes to text -----------------------------------------------------------------------------
 
 
+class NotUTF8(ValueError):
+    """A file in another encoding; its message says which and how to convert it."""
+
+
 def text_blocks(file, name: str):
     """Yields the text of a UTF-8 file block by block, with line ends of any system as \\n.
 
@@ -190,7 +231,7 @@ def text_blocks(file, name: str):
             if data.startswith(start):
                 raise ValueError(f"{name} is {what.replace('FILE', name)}")
         if not done and (kind := looks_like_utf16(data)):
-            raise ValueError(
+            raise NotUTF8(
                 f"{name} is UTF-16 text, not UTF-8 (byte 0 is 0x{data[0]:02x}); convert it: "
                 f"iconv -f {kind} -t utf-8 {name} > utf8.txt"
             )
@@ -199,7 +240,7 @@ def text_blocks(file, name: str):
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:  # error.object: `data` and what was held back
             at = done - len(error.object) + error.start
-            raise ValueError(
+            raise NotUTF8(
                 f"{name} is not UTF-8 text (byte {at} is 0x{error.object[error.start]:02x}); "
                 f"convert it: iconv -f cp1252 -t utf-8 {name} > utf8.txt"
             ) from None
@@ -221,22 +262,6 @@ def looks_like_utf16(data: bytes) -> str:
         ):
             return kind
     return ""
-
-
-def lines(blocks, name: str):
-    """Yields lines with their \\n, as the csv module wants them."""
-    rest = ""
-    for block in blocks:
-        *whole, rest = (rest + block).split("\n")
-        for line in whole:
-            yield line + "\n"
-        if len(rest) > LONGEST_LINE:
-            raise ValueError(
-                f"{name} has a line of more than {LONGEST_LINE >> 20} million characters, which no "
-                f"table has; if it is plain text, rename it to .txt"
-            )
-    if rest:
-        yield rest
 
 
 # --- 3. Text to documents -------------------------------------------------------------------------
@@ -335,85 +360,8 @@ SPEAKERS = ("player", "speaker", "character")
 LINES = ("playerline", "textentry", "dialogue", "dialog", "quote", "speech", "line", "text")
 PLAYS = ("play", "playname", "movie", "film", "movietitle", "title", "episode")
 PLACES = ("actsceneline", "linenumber")  # "1.2.77": act, scene, line; empty: nobody speaks
-TEXTS = ("text", "content", "body", "article", "story", "document", "review", "description")
-
-
-def csv_rows(blocks, name: str):
-    """Yields a csv's rows as dicts; the commonest of , ; and tab in its first line separates.
-
-    A row of another number of fields than the header's would lose text, and so would one whose
-    quotes never end: ValueError names its line.
-    """
-    found = lines(blocks, name)
-    first = next(found, "")
-    delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(itertools.chain([first], found), delimiter=delimiter, strict=True)
-    remedy = "put texts with commas or quotes in quotes; or if it is no table, rename it to .txt"
-    try:
-        header = next(reader, [])
-        if longest := max(header, key=len, default=""):
-            if len(longest) > 60:
-                raise ValueError(f"{name} begins with text, not with names of columns; add them")
-        for row in reader:
-            if row and len(row) != len(header):
-                raise ValueError(
-                    f"{name}, line {reader.line_num}: a row of {len(row)} fields, and the header "
-                    f"has {len(header)}; {remedy}"
-                )
-            if row:
-                yield dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise ValueError(f"{name}, line {reader.line_num}: {error}; {remedy}") from None
-
-
-def json_rows(blocks, name: str):
-    """Yields the rows of a JSON file: those of its array, or of the first array in its object."""
-    try:
-        content = json.loads("".join(blocks))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is no JSON: {error}") from None
-    if isinstance(content, dict):
-        content = next((part for part in content.values() if isinstance(part, list)), [content])
-    yield from (flat_row(row, f"{name}, row {n}") for n, row in enumerate(content, 1))
-
-
-def jsonl_rows(blocks, name: str):
-    """Yields the objects of a jsonl file; a line that is a string is an object with `text`."""
-    for number, line in enumerate(lines(blocks, name), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ValueError(
-                f"{name} is no jsonl at line {number}: {line[:30]!r}; each line must be JSON"
-            ) from None
-        yield flat_row(row, f"{name}, line {number}")
-
-
-def flat_row(row, where: str) -> dict:
-    """The texts of a JSON row by name: those of objects inside by "outer.inner", lists joined.
-
-    >>> flat_row({"id": 3, "data": {"text": ["a", "b"]}}, "x.json, row 1")
-    {'data.text': 'a\\nb'}
-    >>> flat_row({"messages": [{"role": "user", "content": "Hi"}]}, "x.json, row 1")
-    {'messages': 'user: Hi'}
-    """
-    if isinstance(row, str):
-        row = {"text": row}
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is neither an object nor a string")
-    flat = {}
-    for name, value in row.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": text for inner, text in flat_row(value, where).items()}
-        if isinstance(value, list):
-            parts = [flat_row(part, where) for part in value if isinstance(part, (str, dict))]
-            value = "\n".join(": ".join(part.values()) for part in parts)
-        if isinstance(value, str):
-            value = value.encode("utf-8", "replace").decode()
-            flat[name] = value.replace("\r\n", "\n").replace("\r", "\n")
-    return flat
+TEXTS = ("text", "content", "body", "article", "story", "document", "messages", "conversations")
+TEXTS += ("review", "description")
 
 
 def column(header, wanted: tuple, part=False) -> str | None:
@@ -500,27 +448,41 @@ def scenes(rows, speaker: str, line: str, play: str | None, place: str | None):
 
 
 def documents(members: list[Member], text_column: str = "", note=lambda line: None):
-    """Yields (source, text, ends) of all documents of these files, one after the other."""
+    """Yields (source, text, ends) of all documents of these files, one after the other.
+
+    One of many files that turns out not to be UTF-8 is left out, and a note says so.
+    """
+    bad = []
     for member, file in opened(members):
+        begun = False
         try:
             for text, ends in documents_of(member, file, text_column, note):
+                begun = True
                 yield member.source, text, ends
+        except NotUTF8 as error:
+            if begun or len(members) == 1 or kind(member.name) in TABLES:
+                raise
+            bad.append(error)
         except UNZIPPING as error:
             raise damaged(member, error) from None
+    if bad and len(bad) == len(members):
+        raise bad[0]
+    if bad:
+        others = f" and {len(bad) - 1:,} other files" if len(bad) > 1 else ""
+        note(f"left out: {bad[0]}{others}")
 
 
 def documents_of(member: Member, file, text_column: str, note):
     """Yields (text, ends) of one file, read as its name and its first line ask for."""
-    name = Path(member.name.lower())
-    suffix = Path(name.stem).suffix if name.suffix in PACKED else name.suffix
     if member.source in CATEGORIES and BBC.search(member.name):
         return split_documents([utf8_or_cp1252(file.read())])
-    blocks = text_blocks(file, f"{member.path}/{member.inside}".rstrip("/"))
+    suffix, name = kind(member.name), f"{member.path}/{member.inside}".rstrip("/")
     if suffix in TABLES:
-        read_rows = {".jsonl": jsonl_rows, ".json": json_rows}.get(suffix, csv_rows)
-        rows = read_rows(blocks, member.name)
+        content = file if suffix == ".parquet" else text_blocks(file, name)
+        rows = read_rows(suffix, content, member.name)
         texts = table(rows, member.name, text_column, note)
         return ((text, True) for text in texts if text.strip())
+    blocks = text_blocks(file, name)
     return (split_articles if WIKI.search(member.name) else split_documents)(blocks)
 
 

@@ -7,6 +7,8 @@ grows under a temporary name and is renamed when all of it is on the disk, so th
 cut off is never taken for a complete one. Memory holds one batch of text at a time.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import itertools
 import json
@@ -19,12 +21,45 @@ from pathlib import Path
 import numpy as np
 
 import bpe
-from data import datasets
+from data import datasets, workers
 from data.run.files import check_space, remove_leftovers, replacing, write_text
 from data.run.log import print_in_place, print_line
 
-BATCH = 1 << 22  # encoded at a time [characters]
+BATCH = 1 << 19  # encoded at a time [characters]
+EVERY = 0.2  # seconds between two lines of progress
 SAMPLE = 100_000_000  # bytes: a tokenizer learns nothing new from more
+
+
+class Progress:
+    """A line with how much is done and how long the rest takes, from the first second on."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done = what, max(1, total), 0
+        self.started, self.told = time.perf_counter(), -math.inf
+        self.tell(0)
+
+    @property
+    def share(self) -> float:
+        return min(1.0, self.done / self.total)
+
+    def tell(self, more: int) -> None:
+        """Counts `more` bytes as done."""
+        self.done += more
+        now = time.perf_counter()
+        if now - self.told < EVERY and self.share < 1:
+            return
+        self.told = now
+        line = f"{self.what:10} {100 * self.share:.0f}% of {self.total / 1e6:,.0f} MB"
+        if self.done:
+            left = (now - self.started) * (1 / self.share - 1)
+            line += f", {left:.0f} s left"
+        print_in_place(line)
+
+    def through(self, texts):
+        """Yields these texts, each counted when the next is asked for."""
+        for text in texts:
+            yield text
+            self.tell(len(text.encode()))
 
 
 def make_tokenizer(kind: str, vocab_size: int, corpus):
@@ -41,13 +76,18 @@ def make_tokenizer(kind: str, vocab_size: int, corpus):
     if every > 1:
         print_line(f"tokenizer  learns from one document in {every}, {SAMPLE / 1e6:.0f} MB in all")
     sample = itertools.islice(corpus.train, 0, None, every)
-    learn = bpe.Tokenizer.train if kind == "bpe" else learn_characters
-    tokenizer = learn(sample, vocab_size, print_in_place)
+    if kind == "chars":
+        tokenizer = learn_characters(sample, vocab_size)
+    else:
+        words = count_words(sample, corpus.train.n_bytes // every)
+        tokenizer = bpe.Tokenizer(bpe.learn_merges(words, vocab_size - 257, print_in_place))
+        del words
+    return_freed_memory()
     write_text(path, json.dumps(tokenizer.state()))
     return tokenizer
 
 
-def learn_characters(documents, vocab_size: int, progress=None) -> bpe.Tokenizer:
+def learn_characters(documents, vocab_size: int) -> bpe.Tokenizer:
     """A tokenizer whose merges put together the bytes of a character, and nothing longer.
 
     What is not in vocab_size, or was never seen, is still text: several ids of bytes.
@@ -68,6 +108,25 @@ def learn_characters(documents, vocab_size: int, progress=None) -> bpe.Tokenizer
             merges.append((ids[part[:-1]], part[-1]))
             ids[part] = 255 + len(merges)
     return bpe.Tokenizer(merges)
+
+
+def count_words(texts, n_bytes: int) -> Counter:
+    """bpe.count_words of texts of about so many bytes, by all cores if they are many."""
+    n, progress = workers.how_many(n_bytes), Progress("counting", n_bytes)
+    if not n:
+        return bpe.count_words(progress.through(texts))
+    total, todo = Counter(), batches(((text, True) for text in texts), join=False)
+    with contextlib.closing(workers.results("count", None, todo, n)) as done:
+        for words, size in done:
+            total.update(words)
+            progress.tell(size)
+    return total
+
+
+def return_freed_memory() -> None:
+    """Lets the system have what counting and merging took, 200 MB; glibc would keep it."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no such function: no glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def encode_corpus(corpus, tokenizer, length: int, asked: str) -> tuple[np.ndarray, np.ndarray]:
@@ -106,21 +165,27 @@ def encode(documents, tokenizer, path: Path) -> np.ndarray:
 
 
 def write_ids(file, pieces, n_bytes: int, tokenizer) -> None:
-    """Writes the ids of (text, ends) pieces batch by batch; a disk too small is seen at once."""
-    started, read = time.perf_counter(), 0
+    """Writes the ids of (text, ends) pieces batch by batch; a disk too small is seen at once.
+
+    Large texts are encoded by all cores; the bytes on the disk are the same.
+    """
+    is_ours = isinstance(tokenizer, bpe.Tokenizer)
+    todo = batches(pieces, join=not is_ours)
+    progress = Progress("encoding", n_bytes)
+    if n := workers.how_many(n_bytes, workers.MOST if is_ours else 4):  # others' take more memory
+        done = workers.results("encode", tokenizer.state(), todo, n)
+    else:
+        done = (workers.ids_of(tokenizer, *batch) for batch in todo)
     if first_id(tokenizer) == tokenizer.eot:
         file.write(tokenizer.encode_array([""])[-1:].tobytes())
-    for texts, ends in batches(pieces, join=not isinstance(tokenizer, bpe.Tokenizer)):
-        ids = tokenizer.encode_array(texts)
-        file.write(memoryview(ids if ends else ids[:-1]))
-        first, read = not read, read + sum(len(text.encode()) for text in texts)
-        share = min(1.0, read / max(1, n_bytes))
-        if first:
-            check_space(file.name, file.tell() / share - file.tell(), "train on less text")
-        left = (time.perf_counter() - started) * (1 - share) / share
-        print_in_place(
-            f"encoding   {100 * share:.0f}% of {n_bytes / 1e6:,.0f} MB, {left:.0f} s left"
-        )
+    with contextlib.closing(done):
+        for ids, size in done:
+            file.write(ids)
+            first = not progress.done
+            progress.tell(size)
+            if first:
+                needed = file.tell() / progress.share - file.tell()
+                check_space(file.name, needed, "train on less text")
 
 
 def batches(pieces, join: bool):

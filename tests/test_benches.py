@@ -79,6 +79,11 @@ def test_bench_tokens_compares_with_encode_array(printed):
     assert "to disk:" in text and "ratio" in text
 
 
+def test_bench_cores_compares_two_workers_with_one_process(printed):
+    text = printed("bench_cores.py", "book.txt", "--rounds", 1)
+    assert "count:" in text and "encode:" in text and "same bytes: True" in text
+
+
 @pytest.mark.oracle
 def test_bench_bpe_compares_with_rustbpe_and_tiktoken(printed):
     for module in ("rustbpe", "tiktoken"):

@@ -98,6 +98,17 @@ def test_chunks_never_change_the_words(text):
     assert all(bpe.split_words(word) == [word] for word in words)  # what the cache relies on
 
 
+ASCII = [chr(i) for i in range(128)]
+
+
+@settings(max_examples=500)
+@given(st.text(st.sampled_from(ASCII)), st.text(st.sampled_from(" \t\n\r\x1c\x1f\v'sSlL1!aA")))
+@example("".join(ASCII), "".join(a + b + c for a in " \n!a1" for b in ASCII for c in " \n!a1'"))
+def test_of_ascii_the_faster_pattern_finds_the_same_words(any_ascii, tricky):
+    for text in (any_ascii, tricky):
+        assert bpe.find_ascii_words(text) == bpe.regex.findall(bpe.PATTERN, text)
+
+
 @settings(max_examples=500)
 @given(any_text, st.integers(1, 5))
 def test_blocks_never_change_the_words(text, size):
@@ -250,7 +261,7 @@ def test_full_cache_changes_nothing(tok, monkeypatch):
     monkeypatch.setattr(bpe, "CACHE_SIZE", 3)
     small = Tokenizer(tok.merges)
     assert [small.encode(text) for text in DOCUMENTS] == [tok.encode(text) for text in DOCUMENTS]
-    assert len(small._packed) <= 3
+    assert len(small._chunks) <= 3 and len(small._words) <= 3
 
 
 def test_special_token_in_text_is_ordinary(tok):

@@ -146,9 +146,14 @@ def test_a_file_that_is_no_text_is_refused_with_the_place(tmp_path, content, wor
     assert "\n" not in str(error.value)
 
 
-def test_in_a_folder_the_bad_file_is_named(tmp_path):
+def test_in_a_folder_a_bad_file_is_left_out_and_named(tmp_path):
     write(tmp_path / "shelf" / "good.txt", "text")
     write(tmp_path / "shelf" / "worse.txt", b"\xff")
+    write(tmp_path / "shelf" / "worst.txt", "hello".encode("utf-16"))
+    corpus = datasets.read("shelf")
+    assert "".join(everything(corpus)) == "text"
+    assert "left out: shelf/worse.txt is not UTF-8" in corpus.how and "1 other" in corpus.how
+    (tmp_path / "shelf" / "good.txt").unlink()
     with pytest.raises(ValueError, match="worse.txt is not UTF-8"):
         datasets.read("shelf")
 
@@ -396,3 +401,30 @@ def test_another_text_of_the_same_name_size_and_time_is_another_text(tmp_path, m
     shutil.copy2(tmp_path / "A" / "book.txt", "book.txt")
     found.append("".join(everything(datasets.read("book.txt"))))
     assert [text[0] for text in found] == ["a", "b", "a"]
+
+
+def test_starting_again_looks_into_no_file_and_notices_each_that_changed(tmp_path, monkeypatch):
+    for i in range(40):
+        write(tmp_path / "shelf" / f"{i:02}.txt", f"file {i}")
+    write(tmp_path / "shelf" / "picture.png", b"\x89PNG")
+    first = datasets.read("shelf")
+    find = datasets.find
+    monkeypatch.setattr(datasets, "find", None)
+    again = datasets.read("shelf")
+    assert (again.how, again.key) == (first.how, first.key) and "left out: 1 .png" in again.how
+    monkeypatch.setattr(datasets, "find", find)
+    assert everything(datasets.read("shelf")) == everything(first)
+    write(tmp_path / "shelf" / "new.txt", "one more")
+    assert "one more" in everything(datasets.read("shelf"))
+    write(tmp_path / "shelf" / "00.txt", "FILE 0")
+    assert "FILE 0" in everything(datasets.read("shelf"))
+    assert datasets.read("shelf", suffix=".txt").how.count("left out") == 1
+
+
+def test_a_first_reading_tells_how_long_it_takes(tmp_path, monkeypatch):
+    write(tmp_path / "many.txt", f"\n{EOT}\n".join(f"document {i}" for i in range(60)))
+    clock = iter(range(10**6))
+    monkeypatch.setattr(datasets.time, "monotonic", lambda: next(clock))
+    told = []
+    datasets.read("many.txt", progress=told.append)
+    assert "list of files" in told[0] and "of 0 MB" in told[1] and "s left" in told[1]

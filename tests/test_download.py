@@ -15,6 +15,7 @@ from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import conftest
 import pytest
 
 from data import datasets, download
@@ -320,3 +321,72 @@ def test_every_set_has_an_address_a_page_and_a_name_of_its_own():
     for name, source in download.SETS.items():
         assert source.url.startswith("https://") and source.page.startswith("https://")
         assert Path(source.file).stem == name
+
+
+# ---------------------------------------------------------------------------------------------
+# The large sets, as they are laid out on their servers
+# ---------------------------------------------------------------------------------------------
+
+
+def offer(server, monkeypatch, name, content):
+    """Serves a set of download.SETS from here."""
+    server.files.update({"/file": content, "/moved": content})
+    url = f"http://127.0.0.1:{server.server_port}/file"
+    monkeypatch.setattr(download, "SETS", {name: SETS[name]._replace(url=url)})
+
+
+SETS = dict(download.SETS)
+
+
+def fetched(name):
+    datasets.main([name])
+    corpus = datasets.read(name)
+    return sorted([*corpus.train, *corpus.val]), corpus
+
+
+@pytest.mark.oracle
+def test_fineweb_is_a_parquet_file_of_one_column(server, monkeypatch, capsys):
+    arrow = conftest.import_oracle("pyarrow")
+    from pyarrow import parquet
+
+    pages = [f"Page {i}\n\nteaches {i}." for i in range(3000)]
+    file = io.BytesIO()
+    table = arrow.table({"text": pages})
+    parquet.write_table(table, file, row_group_size=1024, compression="zstd")
+    offer(server, monkeypatch, "fineweb", file.getvalue())
+    server.faults["redirect"] = 1  # to the store where large files are
+    with pytest.raises(SystemExit):
+        datasets.main(["fineweb", "--limit", "1MB"])
+    assert "no --limit" in capsys.readouterr().err
+    found, corpus = fetched("fineweb")
+    assert found == sorted(pages) and "text is column 'text'" in corpus.how
+
+
+@pytest.mark.parametrize("cut", [lambda data: data[:-5], lambda data: b"PAR1"])
+def test_half_a_parquet_file_is_refused(cut, server, capsys, monkeypatch):
+    offer(server, monkeypatch, "fineweb", cut(b"PAR1" + bytes(99) + b"PAR1"))
+    with pytest.raises(SystemExit):
+        datasets.main(["fineweb"])
+    assert "is no whole Parquet file" in capsys.readouterr().err
+    assert os.listdir("sets/fineweb") == []
+
+
+def test_linux_is_a_zip_that_is_made_as_it_is_sent(server, monkeypatch):
+    """No length, no edition, no ranges; one folder; hidden, binary and a few older files in it."""
+    code = {f"kernel/{i}.c": f"int f{i}(void)\n{{\n\treturn {i};\n}}\n" for i in range(50)}
+    code |= {"Makefile": "obj-y += kernel/\n", "Documentation/index.rst": "Linux\n=====\n"}
+    others = {".gitignore": "*.o", ".clang-format": "x", "logo.gif": b"GIF89a\0\0"}
+    others |= {"old.c": b"/* caf\xe9 */", "empty": ""}
+    members = {f"linux-6.12/{name}": text for name, text in {**code, **others}.items()}
+    offer(server, monkeypatch, "linux", zipped(members))
+    server.faults |= {"redirect": 1, "no range": 1, "no length": 1, "etag": ""}
+    found, corpus = fetched("linux")
+    assert found == sorted(code.values())
+    assert "old.c is not UTF-8" in corpus.how
+
+
+def test_enwik9_is_a_zip_of_one_file_without_a_suffix(server, monkeypatch):
+    text = "<mediawiki>\n" + "".join(f"  <page>{i}</page>\n" for i in range(999))
+    offer(server, monkeypatch, "enwik9", zipped({"enwik9": text}))
+    found, corpus = fetched("enwik9")
+    assert "".join([*corpus.train, *corpus.val]) == text and "the last 10%" in corpus.how

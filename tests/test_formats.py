@@ -10,15 +10,17 @@ import gzip
 import io
 import json
 import lzma
+import sys
 import zipfile
 from pathlib import Path
 
+import conftest
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bpe import Tokenizer
-from data import datasets, formats
+from data import datasets, formats, rows
 
 EOT = "<|endoftext|>"
 
@@ -432,7 +434,7 @@ def test_a_set_is_found_in_its_folder_as_file_folder_or_zip(monkeypatch, tmp_pat
         ([{"text": "a b"}, {"content": "c d"}], ["a b"], 1),
         ([{"id": "0", "text": ["a", "b"]}], ["a\nb"], 0),
         ([{"id": "0", "data": {"text": "a b"}}], ["a b"], 0),
-        ([{"messages": [{"role": "user", "content": "a"}]}], ["user: a"], 0),
+        ([{"messages": [{"role": "user", "content": "a"}]}], ["user:\na"], 0),
         (["a b", "c\r\nd"], ["a b", "c\nd"], 0),
     ],
 )
@@ -496,10 +498,199 @@ def test_packed_files_are_read_as_what_they_hold(suffix, pack):
         (b"%PDF-1.4", "PDF"),
         (b"PK\3\4", "Office"),
         (b"PAR1", "Parquet"),
-        (b"\x28\xb5\x2f\xfd", "unzstd"),
+        (b"\x28\xb5\x2f\xfd", "zstd"),
     ],
 )
 def test_what_is_no_text_is_called_what_it_is(start, what):
     write("a.dat", start + bytes(range(256)))
     with pytest.raises(ValueError, match=f"a.dat is .*{what}"):
         read("a.dat")
+
+
+@pytest.mark.parametrize("start, what", [(b"II*\0", "image"), (b"RIFF", "image"), (b"BZh9", "bz2")])
+def test_other_kinds_are_called_what_they_are_too(start, what):
+    write("a.dat", start + bytes(range(256)))
+    with pytest.raises(ValueError, match=f"a.dat is .*{what}"):
+        read("a.dat")
+
+
+def test_a_pointer_of_git_lfs_is_no_text():
+    write("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
+    with pytest.raises(ValueError, match="a.txt is a pointer of Git LFS.*git lfs pull"):
+        read("a.txt")
+
+
+# ---------------------------------------------------------------------------------------------
+# Packed files, Parquet, JSON of any size
+# ---------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"id": 1, "text": "été\nof two lines", "tags": ["a"], "messages": None},
+    {"id": 2, "text": "second", "tags": [], "messages": [{"role": "user", "content": "Hi"}]},
+]
+
+
+def parquet(rows, **options):
+    arrow = conftest.import_oracle("pyarrow")
+    from pyarrow import parquet
+
+    file = io.BytesIO()
+    parquet.write_table(arrow.Table.from_pylist(rows), file, **options)
+    return file.getvalue()
+
+
+def tab(rows):
+    return "id\ttext\n" + "".join(f'{row["id"]}\t"{row["text"]}"\n' for row in rows)
+
+
+KINDS = {
+    "txt": lambda rows: f"\n{EOT}\n".join(row["text"] for row in rows),
+    "json": json.dumps,
+    "jsonl": lambda rows: "\n".join(map(json.dumps, rows)),
+    "tsv": tab,
+    "csv": lambda rows: tab(rows).replace("\t", ","),
+    "parquet": parquet,
+}
+PACKS = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: conftest.import_oracle("zstandard").ZstdCompressor().compress(data),
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("pack", PACKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_read_however_it_is_packed_and_from_a_zip_too(kind, pack):
+    content = KINDS[kind](ROWS)
+    content = PACKS[pack](content.encode() if isinstance(content, str) else content)
+    name = f"a.{kind}{pack}"
+    write(name, content)
+    assert texts(name) == [row["text"] for row in ROWS]
+    write_zip("a.zip", {name: content})
+    assert texts("a.zip") == [row["text"] for row in ROWS]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("pack", [pack for pack in PACKS if pack])
+def test_a_packed_file_that_was_cut_off_is_damaged_and_not_a_short_text(pack):
+    data = PACKS[pack](b"".join(b"%d words\n" % i for i in range(9999)))
+    for end in (len(data) // 2, len(data) - 1):
+        write(f"a.txt{pack}", data[:end])
+        with pytest.raises(ValueError, match=f"a.txt{pack} is damaged"):
+            read(f"a.txt{pack}")
+
+
+@pytest.mark.oracle
+def test_frames_of_zstd_follow_each_other():
+    pack = PACKS[".zst"]
+    write("a.txt.zst", pack(b"one ") + pack(b"") + pack(b"two"))
+    assert texts("a.txt.zst") == ["one two"]
+
+
+@pytest.mark.parametrize("name, package", [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
+def test_a_missing_package_is_one_line_that_says_how_to_install_it(name, package, monkeypatch):
+    for module in ("pyarrow", "zstandard", "compression.zstd"):
+        monkeypatch.setitem(sys.modules, module, None)
+    write(name, b"PAR1 1234")
+    with pytest.raises(ValueError, match=f"pip install {package}$"):
+        read(name)
+
+
+@pytest.mark.oracle
+def test_parquet_is_read_by_column_and_refused_in_one_line():
+    rows = [
+        {"n": i, "body": f"text {i}", "say": [{"role": "a", "content": "b"}]} for i in range(99)
+    ]
+    write("a.parquet", parquet(rows, row_group_size=10))
+    assert texts("a.parquet") == [row["body"] for row in rows]
+    assert texts("a.parquet", "say") == ["a:\nb"] * 99
+    with pytest.raises(ValueError, match="no column 'x'; it has: body, say"):
+        read("a.parquet", "x")
+    write("b.parquet", parquet([{"n": 1}]))
+    with pytest.raises(ValueError, match="b.parquet has no column of text; it has: n"):
+        read("b.parquet")
+    whole = parquet(rows)
+    for bad in (whole[: len(whole) // 2], b"PAR1", b"text"):
+        write("c.parquet", bad)
+        with pytest.raises(ValueError, match="c.parquet is no whole Parquet file") as error:
+            read("c.parquet")
+        assert "\n" not in str(error.value)
+
+
+CARD = "---\nlicense: mit\n---\n# A set\n"
+
+
+@pytest.mark.oracle
+def test_a_set_cloned_from_a_hub_trains_on_its_rows():
+    clone = {"README.md": CARD, "dataset_infos.json": "{}", ".gitattributes": "*.parquet lfs"}
+    clone |= {"load.py": "print()", "data/train-00000-of-00001.parquet": parquet(ROWS)}
+    for name, content in clone.items():
+        write(Path("hub") / name, content)
+    assert texts("hub") == [row["text"] for row in ROWS]
+    assert formats.left_out(Path("hub"), formats.find(Path("hub"))) == (
+        "hub: left out: 1 .json, 1 .md, 1 .py"
+    )
+    write("hub/README.md", "# my notes")  # of a person, not of a hub: code beside it is text
+    assert len(texts("hub")) == len(ROWS) + 1
+    write("repository/README.md", "# my notes")
+    write("repository/rows.jsonl", '{"text": "row"}')
+    assert texts("repository") == ["# my notes", "row"]
+
+
+def test_of_a_folder_the_files_of_these_suffixes_are_read():
+    for name in ("a.py", "b.md", "c.txt", "d.PY", "e.py.gz"):
+        write(Path("code") / name, gzip.compress(b"e.py.gz") if name[-1] == "z" else name)
+    found = formats.documents(formats.find(Path("code"), ".py, md"))
+    assert [text for _, text, _ in found] == ["a.py", "b.md", "d.PY", "e.py.gz"]
+    with pytest.raises(ValueError, match="code has no file that ends in .c; it has 3 .py, 1 .md"):
+        formats.find(Path("code"), ".c")
+    assert len(formats.find(Path("code/a.py"), ".md")) == 1  # a file that is named is meant
+
+
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text()),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@given(st.lists(st.text() | st.dictionaries(st.text(), json_values)), st.integers(1, 9))
+def test_json_is_read_in_blocks_of_any_size(values, size):
+    for indent in (None, 1):
+        for content in (values, {"a": 12, "b": {"c": [1]}, "d": values, "e": [3]}):
+            text = json.dumps(content, indent=indent)
+            expected = [rows.flat_row(value, "") for value in values]
+            assert list(rows.json_rows(in_blocks(text, [size]), "a.json")) == expected
+
+
+@pytest.mark.parametrize("content", ["", "[", '["a"', '[{"a": }]', '{"a": 1', "12", '["a" "b"]'])
+def test_broken_json_is_named(content):
+    write("a.json", content)
+    with pytest.raises(ValueError, match="a.json is no JSON"):
+        read("a.json")
+
+
+def test_an_object_without_rows_is_a_row_and_lines_of_json_are_rows():
+    assert texts(write("a.json", '{"n": 1, "text": "one"}')) == ["one"]
+    lines = ['{"messages": [{"role": "user", "content": "Hi"}]}'] * 2
+    assert texts(write("b.json", "\n".join(lines))) == ["user:\nHi"] * 2
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "system", "content": "Be kind."}, {"content": "Hi", "role": "user"}],
+        [{"from": "system", "value": "Be kind."}, {"value": "Hi", "from": "user"}],
+        [
+            {"role": "system", "content": [{"type": "text", "text": "Be kind."}]},
+            {"role": "tool", "content": None},
+            {"role": "user", "content": [{"type": "image", "url": {}}, "Hi"], "name": "x"},
+        ],
+    ],
+)
+def test_messages_are_joined_in_reading_order_with_roles_as_lines(messages):
+    write("a.jsonl", json.dumps({"prompt_id": "123", "messages": messages}))
+    assert texts("a.jsonl") == ["system:\nBe kind.\n\nuser:\nHi"]

@@ -62,6 +62,8 @@ def library(tmp_path_factory):
     for i, name in enumerate(("book.txt", "my_folder/a/b.md", "news.txt", "plays.txt")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(make_text(2000, i))
+    (folder / "my_project").mkdir()
+    (folder / "my_project" / "a.py").write_text(make_text(2000, 5))
     rows = "".join(f"{i},{make_text(40, i)!r}\n".replace("\n'", "'") for i in range(90))
     (folder / "rows.csv").write_text("id,body\n" + rows)
     for name in ("bbc", "physics", "tinyshakespeare", "tinystories"):

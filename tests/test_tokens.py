@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 import train
 from bpe import Tokenizer
-from data import datasets, formats, tokens
+from data import datasets, formats, tokens, workers
 
 EOT = "<|endoftext|>"
 BYTES = Tokenizer([])
@@ -88,10 +89,11 @@ def test_the_second_time_nothing_is_encoded(cache):
 
 def test_progress_is_told_with_the_time_left(cache, monkeypatch):
     monkeypatch.setattr(tokens, "BATCH", 10)
+    monkeypatch.setattr(tokens, "EVERY", 0)
     told = []
     monkeypatch.setattr(tokens, "print_in_place", told.append)
     tokens.encode(side_of(["a text of some length"] * 8), BYTES, cache / "a.ids")
-    assert len(told) == 8 and "left" in told[0] and "100%" in told[-1]
+    assert len(told) == 9 and "0%" in told[0] and "left" in told[1] and "100%" in told[-1]
 
 
 def test_a_disk_that_is_too_small_is_noticed_at_once(cache, monkeypatch):
@@ -183,3 +185,109 @@ def test_pieces_of_formats_are_one_document_on_disk(cache, tmp_path, monkeypatch
         assert len(list(side)) > len(side) == 1
         ids = tokens.encode(side, tokenizer, cache / name)
         assert ids.tolist() == encode(tokenizer, ["".join(side)]).tolist()
+
+
+# ---------------------------------------------------------------------------------------------
+# All cores
+# ---------------------------------------------------------------------------------------------
+
+SENTENCES = [
+    f"Sentence {i} isn't  long,\n\nbut it has {i * i} words: \u00e9t\u00e9. " * 9
+    for i in range(400)
+]
+
+
+@pytest.fixture
+def two_workers(monkeypatch):
+    """Two, and their process ids as they start."""
+    started = []
+    monkeypatch.setattr(workers, "how_many", lambda n_bytes, most=0: 2)
+    monkeypatch.setattr(tokens, "BATCH", 3000)
+    init = workers.Worker.__init__
+
+    def start(self, *work):
+        init(self, *work)
+        started.append(self.process)
+
+    monkeypatch.setattr(workers.Worker, "__init__", start)
+    return started
+
+
+def test_with_all_cores_words_merges_and_bytes_on_disk_are_the_same(
+    cache, two_workers, monkeypatch
+):
+    side = side_of(SENTENCES, pieces=3)
+    counts = tokens.count_words(side, side.n_bytes)
+    pool = [tokens.encode(side, tokenizer, cache / f"pool-{i}").tobytes() for i, tokenizer in PAIR]
+    assert len(two_workers) == 6 and all(p.poll() is not None for p in two_workers)
+    monkeypatch.setattr(workers, "how_many", lambda n_bytes, most=0: 0)
+    assert counts == tokens.count_words(side, side.n_bytes)
+    alone = [tokens.encode(side, tokenizer, cache / f"one-{i}").tobytes() for i, tokenizer in PAIR]
+    assert pool == alone and [len(ids) > 100_000 for ids in pool] == [True, True]
+
+
+PAIR = [(0, BYTES), (1, Tokenizer.train(SENTENCES[:3], 400))]
+
+
+def test_a_killed_worker_ends_in_one_line_and_leaves_nothing(cache, two_workers):
+    def read():
+        for i, text in enumerate(SENTENCES):
+            if i == 200:
+                two_workers[0].kill()
+            yield "", text, True
+
+    n = len(SENTENCES)
+    side = datasets.Documents(read, np.ones(n, bool), 10**6, np.zeros(n, np.uint8))
+    with pytest.raises(ValueError, match="was killed .exit code .*start again") as error:
+        tokens.encode(side, BYTES, cache / "a.ids")
+    assert "\n" not in str(error.value) and list(cache.iterdir()) == []
+    assert all(process.poll() is not None for process in two_workers)
+
+
+def test_ctrl_c_leaves_neither_a_file_nor_a_process(cache, two_workers):
+    def read():
+        yield from (("", text, True) for text in SENTENCES[:200])
+        raise KeyboardInterrupt
+
+    side = datasets.Documents(read, np.ones(400, bool), 10**6, np.zeros(400, np.uint8))
+    with pytest.raises(KeyboardInterrupt):
+        tokens.encode(side, BYTES, cache / "a.ids")
+    assert list(cache.iterdir()) == []
+    assert len(two_workers) == 2 and all(p.poll() is not None for p in two_workers)
+
+
+def test_a_mistake_in_the_text_is_told_as_without_workers(cache, two_workers):
+    for documents in ([*SENTENCES, "fine, then \ud800"], ["\ud800"]):
+        side = datasets.Documents(
+            lambda documents=documents: (("", text, True) for text in documents),
+            np.ones(len(documents), bool),
+            10**6,
+            np.zeros(len(documents), np.uint8),
+        )
+        with pytest.raises(ValueError, match=r"lone surrogate U\+D800"):
+            tokens.encode(side, BYTES, cache / "a.ids")
+    assert list(cache.iterdir()) == []
+
+
+def test_workers_die_with_the_program(tmp_path):
+    """However it ends: they read from it."""
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); from data import workers\n"
+        "batches = ((['some text ' * 1000], True) for _ in iter(int, 1))\n"
+        "for n, _ in enumerate(workers.results('count', None, batches, 2)):\n"
+        "    if n == 9: print('x', flush=True); os.kill(os.getpid(), 9)"
+    )
+    root = str(Path(tokens.__file__).parents[1])
+    program = subprocess.Popen([sys.executable, "-c", code, root], stdout=subprocess.PIPE)
+    assert program.stdout.read() == b"x\n"  # ends when nobody holds the other end
+    assert program.wait() == -9
+
+
+@pytest.mark.parametrize("n_bytes, n", [(0, 0), (10**6, 0), (10**8, 4), (10**12, 4)])
+def test_small_texts_need_no_workers(n_bytes, n, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda path: "max 100000")
+    assert workers.how_many(n_bytes) == n
+    monkeypatch.setattr(Path, "read_text", lambda path: "200000 100000")
+    assert workers.how_many(n_bytes) == min(n, 2)

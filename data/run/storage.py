@@ -139,10 +139,11 @@ def read_run(folder, train_config) -> dict | None:
         if wrong := wrong or sorted(NOTHING_DONE.keys() - saved["done"].keys()):
             raise ValueError(f"{path} lacks {wrong}")
         _, tokenizer = checkpoint.build(saved, path)
-        if saved["train_config"].keys() != {f.name for f in dataclasses.fields(train_config)}:
+        settings = {"suffix": "", **saved["train_config"]}  # which the first version had not
+        if settings.keys() != {f.name for f in dataclasses.fields(train_config)}:
             raise ValueError(f"{path} is from another version of train.py")
-        train_config(**saved["train_config"])
-        return {**saved, "tokenizer": tokenizer}
+        train_config(**settings)
+        return {**saved, "train_config": settings, "tokenizer": tokenizer}
     except UnknownRouter:
         raise
     except (ValueError, TypeError) as error:
