@@ -4,6 +4,7 @@ A checkpoint is a dict that torch.save wrote. Every one has "config" (fields of 
 "model" (the state dict) and "tokenizer" (its state, or None).
 """
 
+import contextlib
 import os
 import sys
 import zipfile
@@ -119,13 +120,32 @@ def build(checkpoint: dict, path):
     return model, tokenizer
 
 
+class Unfilled(torch.overrides.TorchFunctionMode):
+    """Inside, torch.nn.init leaves tensors as they are."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return (*args, *kwargs.values())[0]
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def shapes_only():
+    """Models made inside have shapes, no memory, and are not filled: random numbers of no memory
+    would make torch import its compiler, which takes longer than all else of a start.
+    """
+    with torch.device("meta"), Unfilled():
+        yield
+
+
 def check_shapes(config: lamoe.Config, weights: dict) -> None:
     """ValueError unless the weights fit the config; nothing of the size it claims is allocated."""
     if config.n_layers > len(weights):
         raise ValueError(f"{config.n_layers} layers are not in its {len(weights)} tensors")
     if config.seq_len * config.head_size > 1 << 26:  # RoPE's tables: no weight has their size
         raise ValueError(f"seq_len={config.seq_len} is more than a checkpoint may ask for")
-    with torch.device("meta"):  # shapes without memory
+    with shapes_only():
         lamoe.LaMoE(config).load_state_dict(weights, assign=True)
 
 

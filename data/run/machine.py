@@ -16,7 +16,7 @@ import torch
 
 import lamoe
 from data import kernels
-from data.run import ranks
+from data.run import checkpoint, ranks
 from data.run.flags import first_line
 from data.run.log import print_line
 
@@ -54,7 +54,7 @@ def keep_freed_memory() -> None:
 def check_memory(config: lamoe.Config) -> None:
     """ValueError for a model that this machine can't hold, before it starts to swap."""
     one = dataclasses.replace(config, n_layers=1, n_dense_layers=0, seq_len=1)
-    with torch.device("meta"):  # shapes without memory
+    with checkpoint.shapes_only():
         try:
             model = lamoe.LaMoE(one)
             n, layer = (sum(w.numel() for w in m.parameters()) for m in (model, model.blocks))
