@@ -73,6 +73,7 @@ def make_tokenizer(kind: str, vocab_size: int, corpus):
     every = max(1, math.ceil(corpus.train.n_bytes / SAMPLE))
     if every > 1:
         print_line(f"tokenizer  learns from one document in {every}, {SAMPLE / 1e6:.0f} MB in all")
+    bpe.Tokenizer.train([], vocab_size)  # of no text: refuses a size before words are counted
     sample = itertools.islice(corpus.train, 0, None, every)
     words = count_words(sample, corpus.train.n_bytes // every)
     tokenizer = bpe.Tokenizer(bpe.learn_merges(words, vocab_size - 257, print_in_place))
