@@ -75,6 +75,7 @@ def make_tokenizer(kind: str, vocab_size: int, corpus):
     every = max(1, math.ceil(corpus.train.n_bytes / SAMPLE))
     if every > 1:
         print_line(f"tokenizer  learns from one document in {every}, {SAMPLE / 1e6:.0f} MB in all")
+    bpe.Tokenizer.train([], vocab_size)  # of no text: refuses a size before words are counted
     sample = itertools.islice(corpus.train, 0, None, every)
     if kind == "chars":
         tokenizer = learn_characters(sample, vocab_size)

@@ -55,7 +55,7 @@ TABLE = {
     "train.py --data image.png": ["image.png", "an image", "name a file of text"],
     "train.py --data latin.txt": ["latin.txt", "not UTF-8", "byte 3 is 0xe9", "iconv"],
     "train.py --data shelf": ["shelf", "no file of UTF-8 text", "put text there"],
-    "train.py --data mixed": ["bad.txt", "not UTF-8", "byte 3 is 0xe9", "iconv"],
+    "train.py --data mixed/bad.txt": ["bad.txt", "not UTF-8", "byte 3 is 0xe9", "iconv"],
     "train.py --data wide.txt": ["wide.txt", "UTF-16", "iconv -f utf-16"],
     "train.py --data damaged.zip": ["damaged.zip", "no whole zip", "fetch it again"],
     "train.py --data table.csv --text_column body": ["table.csv", "'body'", "id, text"],
