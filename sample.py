@@ -43,8 +43,7 @@ class Parser(OneLineParser):
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("sample.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     count = number(int, lambda n: n > 0, "above 0")
-    share = number(float, lambda p: 0 < p <= 1, "above 0 and at most 1")
-    add = parser.add_argument
+    share, add = number(float, lambda p: 0 < p <= 1, "above 0 and at most 1"), parser.add_argument
     add("prompt", nargs="?", help="the text to continue; without it, a conversation")
     add("--model", metavar="PATH", help="a checkpoint, or a Hugging Face folder; default: newest")
     add("--router", metavar="FILE.py", type=router_name, help="the model's router, if your own")

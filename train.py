@@ -6,13 +6,6 @@
     python train.py --init FOLDER --data book.txt  fine-tune a Hugging Face model, or a checkpoint
     python train.py --plot runs/A runs/B         runs in one picture
 
-Notable features
-- the loop, `train`, fits on a screen: rates, micro-steps, clip, step, log, evaluate, save
-- every field of TrainConfig and of lamoe.Config is a flag; nothing is named twice
-- Muon on the attention matrices, AdamW on the rest; warm-up, then linear to zero
-- batches without replacement from a seeded permutation, so a run resumes bit for bit (on a CPU)
-- validation in bits per byte, over every byte: comparable across tokenizers
-
 References
  [1] AdamW                      Loshchilov & Hutter 2017   arXiv:1711.05101
  [2] Muon                       Jordan et al. 2024         kellerjordan.github.io/posts/muon
@@ -32,6 +25,7 @@ from pathlib import Path
 from data import datasets, exchange, tokens  # isort: skip (before torch: see data/__init__.py)
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 import lamoe
 from bpe import Tokenizer
@@ -204,9 +198,7 @@ def evaluate(model, data, settings: TrainConfig, labels=None, alone: bool = Fals
             )
             with machine.autocast(settings):
                 logits = model(inputs).logits.float()
-            losses = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), reduction="none"
-            )
+            losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             nats[at[counted]] = losses.view(targets.shape).cpu().numpy()[counted]
     model.train(was_training)
     if world > 1:
@@ -223,8 +215,8 @@ def evaluate(model, data, settings: TrainConfig, labels=None, alone: bool = Fals
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal [2]: no direction of a matrix is learned slowly.
 
-    torch's own Muon works matrix by matrix; here all matrices of one shape, those of the experts
-    too, are one batch. `move` is a function of lists, so that machine.recorded can compile it.
+    torch's Muon goes matrix by matrix; here those of one shape, experts too, are one batch, and
+    `move` is a function of lists, which machine.recorded compiles.
     """
 
     def __init__(self, matrices, lr: float, weight_decay: float, momentum: float = 0.95):
@@ -236,11 +228,10 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape = {}
             for weight in (weight for weight in group["params"] if weight.grad is not None):
-                if not self.state[weight]:
-                    self.state[weight]["momentum"] = torch.zeros_like(weight)
-                parts = weight, weight.grad, self.state[weight]["momentum"]
+                if not (state := self.state[weight]):
+                    state["momentum"] = torch.zeros_like(weight)
                 # A shard of a stack is some experts, each of them whole: see ranks.is_sharded.
-                parts = [ranks.local(part) for part in parts]
+                parts = [ranks.local(part) for part in (weight, weight.grad, state["momentum"])]
                 by_shape.setdefault(parts[0].shape, []).append(parts)
             for shape, parts in by_shape.items():
                 rate = group["lr"] * max(1, shape[-2] / shape[-1]) ** 0.5
@@ -260,19 +251,19 @@ def move(weights, grads, momenta, momentum: float, rate, keep) -> None:
         weight.copy_(weight * keep - rate * step)
 
 
-# Each triple (a, b, c) brings singular values together by s -> a s + b s^3 + c s^5, the best such
-# polynomial for what those before it leave of [0.004, 1] [4, algorithm 1]; the last is scaled so
-# that rates mean what they do with the five steps of [2]. Three steps learn as much as those.
+# Each (a, b, c) brings singular values together, s -> a s + b s^3 + c s^5, the best polynomial for
+# what those before it leave of [0.004, 1] [4, algorithm 1]; the last is scaled so that rates mean
+# what they do in [2], with five steps. Three learn as much.
 TOWARDS_ONE = ((8.1044, -22.621, 16.2588), (3.9172, -2.8251, 0.5247), (2.5086, -1.8812, 0.3842))
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
     """U V^T, nearly, of each matrix U S V^T of a batch: singular values within 0.3 to 1.2, by
-    products alone, on a GPU in bf16, which few CPUs have. x is first divided by the root of
-    |x x^T|, a bound of its singular values far nearer than |x|, and free: that product is needed.
+    products alone. x is first divided by its largest number, lest a square leave the range of fp32,
+    and by the root of |x x^T|, which no singular value exceeds.
     """
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    x = (x.mT if tall else x) / x.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=1e-37)
     for i, (a, b, c) in enumerate(TOWARDS_ONE):
         gram = x @ x.mT
         if i == 0:
@@ -286,8 +277,8 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 def make_optimizers(model: lamoe.LaMoE, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon [2] on the attention matrices, AdamW [1] on the rest; norms are not decayed.
 
-    muon_ffn gives Muon the experts too. On articles that is 0.05 bits per byte better after 300
-    steps; on the embedded corpora it is worse, for copying is discovered later.
+    muon_ffn gives Muon the experts too: better on every real text, worse on the embedded corpora,
+    where copying is discovered later.
     """
     matrices, others, routers, vectors = [], [], [], []
     for name, weight in model.named_parameters():

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import subprocess
 import sys
 from itertools import zip_longest
 from pathlib import Path
@@ -392,3 +393,16 @@ def test_a_prompt_of_the_greatest_length_works_and_one_more_does_not(capsys):
     capsys.readouterr()
     assert call(sample, "x" * 63, "--model", "model.pt") == 2
     assert "shorten it to 62" in capsys.readouterr().err
+
+
+def test_a_start_imports_neither_torchs_compiler_nor_its_shards(tmp_path):
+    """They take longer than all else between the command and the first text."""
+    start = (
+        "import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], None, '__main__')"
+    )
+    names = "torch._dynamo sympy torch.distributed.tensor matplotlib tokenizers".split()
+    check = f"; print([name for name in {names} if name in sys.modules])"
+    flags = ["Once", "--model", "model.pt", "--max_new_tokens", "2"]
+    command = [sys.executable, "-c", start + check, sample.__file__, *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr

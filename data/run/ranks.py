@@ -15,7 +15,6 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
@@ -153,6 +152,8 @@ def full_state(state):
 def shard_like(weight, value):
     """A full value of a weight's shape, such as its momentum, in shards if the weight is."""
     if is_shard(weight) and not is_shard(value) and value.shape == weight.shape:
+        from torch.distributed.tensor import distribute_tensor  # here: a second to import
+
         return distribute_tensor(value, weight.device_mesh, weight.placements)
     return value
 
