@@ -119,3 +119,16 @@ def test_bench_trainer_trains_there_and_measures_here(printed, tmp_path):
 def test_each_campaign_of_torture_comes_to_its_end(campaign, n, printed):
     text = printed("torture.py", campaign, "--n", n, "--every", 1000)
     assert text.splitlines()[-1].startswith(f"{campaign}: "), text
+
+
+@pytest.mark.parametrize("case", ["sparse", "facts"])
+def test_results_compares_models_at_equal_time(printed, case, tmp_path):
+    """With a model of a hundredth of a second: the flags after ours win, but for the experts."""
+    text = ["--data", "book.txt"] if case == "sparse" else []
+    tiny = "--dim 16 --n_heads 1 --n_kv_heads 1 --n_layers 1 --seq_len 32 --vocab_size 300"
+    tiny += " --batch_size 2 --draw_mb 1 --minutes 0.003 --device cpu"
+    table = printed("results.py", case, *text, *tiny.split()).split("seed  seconds")[1]
+    rows = [line.split() for line in table.splitlines()[1 : 4 if case == "sparse" else 3]]
+    assert [row[0] for row in rows] == ["dense,", "sparse,", "sparse,"][: len(rows)]
+    assert all(0 < float(row[-2]) and 0.1 < float(row[-1]) < 8 for row in rows)
+    assert len(list((tmp_path / "runs" / case).glob("*/log.csv"))) == 2 + len(rows)
