@@ -328,12 +328,30 @@ def test_resume_refuses_another_flag_and_takes_the_same_one(capsys):
         start("run", "--steps 4", "--lr 0.01")
     before = Path("run/last.pt").read_bytes()
     capsys.readouterr()
-    for flags in ("--lr 0.02", "--dim 32", "--steps 5", "--seed 1", "--n_experts 2"):
+    for flags in ("--lr 0.02", "--dim 32", "--steps 3", "--seed 1", "--n_experts 2"):
         assert resume("run", flags) == 2
         message = capsys.readouterr().err
         assert flags in message and message.count("\n") == 1
     assert Path("run/last.pt").read_bytes() == before
     assert resume("run", "--data text.txt", *TINY, "--steps 4", "--lr 0.01") == 0
+
+
+def test_a_finished_run_trains_longer_and_its_text_may_have_moved(capsys):
+    assert start("run", "--steps 4 --log_every 1") == 0
+    shutil.move("text.txt", "moved.txt")
+    assert resume("run") == 2 and "text.txt" in capsys.readouterr().err
+    assert resume("run", "--data moved.txt --steps 8") == 0
+    assert "4 steps become 8" in capsys.readouterr().out
+    rows = log_of("run")
+    assert [int(row["step"]) for row in rows] == [*range(1, 9)]
+    settings = train.TrainConfig(**checkpoint.read("run/last.pt")["train_config"])
+    for row in rows[4:]:
+        share = train.schedule(int(row["step"]) - 1, settings)
+        assert float(row["lr"]) == pytest.approx(share * settings.lr, rel=1e-4)
+    assert resume("run") == 0  # finished again, where it is now
+    Path("moved.txt").write_text("another text " * 500)
+    assert resume("run", "--steps 9") == 2
+    assert "not the one this run began with" in capsys.readouterr().err
 
 
 def test_the_same_command_with_resume_is_accepted_though_it_left_things_to_the_program():

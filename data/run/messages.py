@@ -94,6 +94,10 @@ def summarize_again(run, evaluate) -> None:
     """Of a run that was finished already: it may have ended before it could print this."""
     best = run.folder / "best.pt"
     print_line(f"           it is finished; try: python sample.py --model {best}")
+    more = 2 * run.settings.steps
+    print_line(
+        f"           or train on: python train.py --resume --out {run.folder} --steps {more}"
+    )
     if ranks.RANK == 0 and best.exists():
         summarize(run, evaluate)
 

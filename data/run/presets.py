@@ -10,6 +10,7 @@ import math
 import lamoe
 from data.run import machine
 from data.run.flags import OneLineParser, add_flags, pick_device
+from data.run.log import print_line
 from data.run.routers import router_name
 
 LAPTOP = {"qk_norm": True}
@@ -44,7 +45,7 @@ TEXTS = (
 TUNE = {"lr": 2e-4, "muon_lr": 5e-4, "muon_ffn": False}  # with --init: low, to keep what is learned
 
 # Where a run happens, not what it trains: free to differ on a resume.
-PLACES = {"out", "device", "compile", "fsdp"}
+PLACES = {"out", "data", "device", "compile", "fsdp"}
 # Fields of lamoe.Config on which no weight depends: free to differ from the model of --init.
 FREE = "seq_len dropout balance_weight z_weight capacity_factor eval_capacity_factor jitter".split()
 FREE += ["bias_rate", "sequence_weight"]
@@ -81,7 +82,7 @@ def pick_preset(flags: dict) -> tuple[str, str]:
 def settings_of_data(train_config, flags: dict, saved: dict | None) -> dict:
     """What is settled before the text is read: its size may decide the rest."""
     if saved:
-        return saved["train_config"]
+        return {**saved["train_config"], "data": flags.get("data", saved["train_config"]["data"])}
     return {**vars(train_config()), **PRESETS[pick_preset(flags)[1]], **flags}
 
 
@@ -152,19 +153,27 @@ def fields_of_experts(init: lamoe.Config, flags: dict) -> dict:
 
 
 def resumed_config(train_config, flags: dict, saved: dict):
-    """(TrainConfig, lamoe.Config) of a run that goes on: as saved, but for its PLACES.
-
-    ValueError for a flag that differs from what the run began with.
+    """(TrainConfig, lamoe.Config) of a run that goes on: as saved, but for its PLACES and for more
+    steps. ValueError for another flag that differs from what the run began with.
     """
     settings, config = train_config(**saved["train_config"]), lamoe.Config(**saved["config"])
     known = {**dataclasses.asdict(config), **dataclasses.asdict(settings), **saved["given"]}
+    steps, done = flags.get("steps", settings.steps), saved["done"]["step"]
     for name, value in flags.items():
-        if name not in PLACES and value != known[name]:
+        is_free = name in PLACES or (name == "steps" and value > settings.steps)
+        if not is_free and value != known[name]:
             raise ValueError(
                 f"--{name} {value} differs from the run's {known[name]}; leave it out to "
                 f"resume, or start a new run with another --out"
             )
+    if steps > settings.steps:
+        share = min(1.0, (steps - done) / steps)
+        print_line(
+            f"longer     {settings.steps} steps become {steps}: from step {done} on, rates go up "
+            f"to about {share:.0%} of the highest again, and from there to zero"
+        )
     device = pick_device(flags.get("device", settings.device))
     compiles = flags.get("compile", settings.compile and device == "cuda")
     places = {"device": device, "compile": compiles, "fsdp": flags.get("fsdp", False)}
-    return dataclasses.replace(settings, **places), config
+    places["data"] = flags.get("data", settings.data)  # the same text: see storage.check_text
+    return dataclasses.replace(settings, **places, steps=steps), config
