@@ -1,6 +1,7 @@
 """What a run leaves to look at: loss by source, load by layer, pictures, and mlflow if asked."""
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -15,7 +16,6 @@ import torch
 from conftest import encode, random_model, small_config
 from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
 
-import bpe
 import train
 from bpe import Tokenizer
 from data import datasets, tokens
@@ -168,9 +168,9 @@ def test_the_column_of_a_table_is_a_flag_and_kept(capsys):
 def test_a_large_text_teaches_the_tokenizer_by_a_part_of_it_and_says_so(monkeypatch, capsys):
     monkeypatch.setattr(tokens, "SAMPLE", 500)
     learned = []
-    real = bpe.count_words
+    real = tokens.count_words
     monkeypatch.setattr(
-        bpe, "count_words", lambda texts, *rest: real(learned.append(list(texts)) or learned[-1])
+        tokens, "count_words", lambda texts, n: real(learned.append(list(texts)) or learned[-1], n)
     )
     assert start("run", "--steps 1 --tokenizer bpe --vocab_size 280", data="mixed") == 0
     assert start("again", "--steps 1 --tokenizer bpe --vocab_size 280", data="mixed") == 0
@@ -493,3 +493,12 @@ def test_the_number_format_of_a_cpu_is_not_left_to_chance(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert machine.pick_dtype("auto", "cpu") == expected
     assert machine.pick_dtype("fp32", "cuda") == "fp32"
+
+
+def test_config_json_has_every_setting_also_those_that_nobody_gave(capsys):
+    start("run", "--steps 2 --lr 0.01 --muon_ffn")
+    written = json.loads(Path("run/config.json").read_text())
+    saved = checkpoint.read("run/last.pt")
+    assert written == {**saved["train_config"], **saved["config"]}
+    assert (written["lr"], written["top_k"]) == (0.01, saved["config"]["top_k"])
+    assert "on attention and experts, AdamW 0.01" in capsys.readouterr().out

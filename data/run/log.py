@@ -6,6 +6,7 @@ run that goes on cuts off the rows after the checkpoint it goes on from.
 
 import csv
 import io
+import json
 import math
 import os
 import shutil
@@ -86,7 +87,10 @@ class Meter:
 
 
 class Log:
-    """Where rows go: log.csv, load.csv, the terminal, and the tracker. Only rank 0 writes."""
+    """Where rows go: log.csv, load.csv, the terminal, and the tracker. Only rank 0 writes.
+
+    Beside them, config.json has every setting, those that nobody gave too.
+    """
 
     def __init__(self, run):
         self.run, self.usual_loss, self.before = run, None, dict(run.done)
@@ -98,6 +102,8 @@ class Log:
             experts = [str(e) for e in range(run.model.config.n_experts)]
             self.rows = Table(run.folder / "log.csv", step, COLUMNS + sources)
             self.loads = Table(run.folder / "load.csv", step, ["step", "layer", *experts])
+            settings = {**asdict(run.settings), **asdict(run.model.config)}
+            write_text(run.folder / "config.json", json.dumps(settings, indent=1) + "\n")
 
     def add(self, row: dict) -> None:
         """Completes a row and passes it on; the meter starts again at zero."""

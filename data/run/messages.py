@@ -35,6 +35,11 @@ def introduce(run) -> None:
             "           the weight of one expert alone is always 1, so the loss teaches this"
         )
         print_line("           router nothing; try --router switch, or --top_k 2")
+    on = "attention and experts" if settings.muon_ffn else "attention"
+    print_line(
+        f"recipe     Muon {settings.muon_lr:g} on {on}, AdamW {settings.lr:g} on the rest, weight "
+        f"decay {settings.weight_decay:g}"
+    )
     files = "log.csv, last.pt, best.pt"
     print_line(f"run        {run.folder}: {files}; Ctrl-C saves, --resume goes on")
     loss = f"ln({c.vocab_size}) = {math.log(c.vocab_size):.2f}"

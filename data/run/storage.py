@@ -17,7 +17,7 @@ from data.run.log import print_line
 from data.run.presets import PLACES
 from data.run.routers import UnknownRouter
 
-RUN_FILES = ("last.pt", "best.pt", "log.csv", "load.csv")
+RUN_FILES = ("last.pt", "best.pt", "log.csv", "load.csv", "config.json")
 NOTHING_DONE = {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
 TYPES = {"given": dict, "train_config": dict, "tokenizer": dict, "text": str, "done": dict}
 TYPES |= {"optimizers": list, "meter": list, "rng": Tensor}  # of the parts of last.pt
