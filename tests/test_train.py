@@ -354,6 +354,18 @@ def test_a_finished_run_trains_longer_and_its_text_may_have_moved(capsys):
     assert "not the one this run began with" in capsys.readouterr().err
 
 
+def test_rates_of_fine_tuning_fall_with_the_size_of_the_model():
+    fresh = {"lr": 4e-3, "muon_lr": 0.04}
+
+    def rates(n):
+        model = mock.Mock(parameters=lambda: [mock.Mock(numel=lambda: n)])
+        return presets.tuning_rates(fresh, model)
+
+    assert rates(10_000) == rates(2_000_000) == {**fresh, "muon_ffn": False}
+    assert rates(10**9) == {"lr": 9.6e-5, "muon_lr": 9.6e-4, "muon_ffn": False}
+    assert fresh["lr"] > rates(10**7)["lr"] > rates(10**8)["lr"] > rates(10**9)["lr"]
+
+
 def test_the_same_command_with_resume_is_accepted_though_it_left_things_to_the_program():
     """auto, 0 and a vocabulary the text could not fill: what was settled is not a difference."""
     Path("text.txt").write_text("abc " * 400)
