@@ -119,7 +119,6 @@ class Config:
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in fp32 [2, eq. 4].
-
     It keeps each layer's input at one size. LayerNorm also removes the mean and adds a bias: what
     stabilises training is the division [2, section 3]. eps is in the root: rows near 0 stay small.
     """
@@ -152,7 +151,6 @@ def rope_table(head_dim, length, theta: float, factor: float = 1.0) -> tuple[Ten
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x, (..., K), with each pair (i, i + K/2) turned by the angle of its position.
-
     Why this makes positions relative: read pairs as complex numbers. Turning by an angle a*t is a
     product with e^(iat), and a score is Re[q e^(iat) conj(k e^(ias))] = Re[q conj(k) e^(ia(t-s))]:
     for a query at t and a key at s only t - s counts. Pairs are the halves of a head, as in Hugging
@@ -306,13 +304,12 @@ def plain_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Te
 # --- 4. Dispatch: the same sparse layer for a GPU -------------------------------------------------
 # The loop asks how many rows each expert has, and a GPU would wait. With the P = N*A pairs (token,
 # expert) sorted by expert all is one grouped product: row p is a copy of token token_P1[p], the
-# a-th copy of token n is row slot_NA[n, a], and the rows of expert e end before row ends_E[e]. A
-# pair of weight 0 costs as much as the others: only the GPU knows how many, and shapes come first.
+# a-th copy of token n is row slot_NA[n, a], and the rows of expert e end before row ends_E[e].
+# (A pair of weight 0 costs what others do: only the GPU knows their number, and shapes come first.)
 
 
 class Gather(torch.autograd.Function):
     """The sum over a of x[index[:, a]]; `back` is the index of the opposite way.
-
     Copies of tokens go out along token_P1, results come back along slot_NA: each is the transpose
     of the other. autograd would scatter-add gradients: slowly, in an order that varies on a GPU.
     """
@@ -432,7 +429,6 @@ class Router(nn.Module):
 
 def balance_loss(probs_NE: Tensor, load_E: Tensor) -> Tensor:
     """E * sum_e f_e P_e [8, eq. 4-6]: f the share of choices, P the mean probability of expert e.
-
     f has no gradient; P has one, and is pushed down most where f is large. Uniform routing gives 1
     (not the minimum: it is lower where f and P disagree), all choices on A experts give E/A. Both
     are of a whole batch: within a sequence nothing asks for balance, and experts may specialise.
@@ -446,7 +442,6 @@ def balance_loss(probs_NE: Tensor, load_E: Tensor) -> Tensor:
 
 class TopK(Router):
     """Mixtral's router: weights = softmax(TopK(x W)) [6, section 2.1], balance loss, z-loss.
-
     At k = 1 that weight is always 1: only the two losses move this router. The z-loss, the mean of
     logsumexp(logits)^2 [9, eq. 5], keeps logits small: large ones round badly.
     """
@@ -465,7 +460,6 @@ class TopK(Router):
 
 class Noisy(Router):
     """Noisy top-k gating [7, eq. 3-5]: softmax(TopK(x W + normal * softplus(x W_noise))).
-
     The noise lets a token try other experts; W_noise is learned and says how much. Two losses, each
     (std / mean)^2 over the experts: of their summed weights (eq. 6-7), and of their load (appendix
     A). A count has no gradient, so load is the summed probability of being chosen if the noise were
@@ -504,7 +498,6 @@ class Noisy(Router):
 
 class Switch(Router):
     """Switch routing [8, section 2]: the one best expert, weighted with its raw probability.
-
     The raw probability lets the task teach the router: renormalised over one expert it would be 1.
     An expert takes capacity_factor * N / E tokens (eq. 3); a token beyond that skips the layer. The
     queue goes by time: position t of all sequences, then t + 1. The future can't push tokens out.
@@ -540,7 +533,6 @@ class Switch(Router):
 
 class DeepSeek(Router):
     """DeepSeek-V3's router [10, section 2.1.2]: balance through a bias, not through the loss.
-
     Scores are sigmoids (eq. 15). The bias chooses: TopK(score + bias) (eq. 16); the score weighs:
     score / sum of the chosen scores * routed_scale (eq. 13, 12): balance never distorts the output.
     A token may choose from the top_groups groups whose two best scores sum highest. A tiny loss
@@ -682,7 +674,6 @@ class LaMoE(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Normal(0, 0.02), but what a block adds to the residual stream starts at zero.
-
         0.02 is GPT-2's; a norm undoes most of any other size. Zeros make a block the identity, and
         those of an untied head make the loss ln(V). An untied embedding starts at 1: training draws
         words of like contexts (names, say) together; small vectors would be too alike to copy one.
@@ -734,8 +725,8 @@ class LaMoE(nn.Module):
         loads = [zero.new_zeros(0, c.n_experts), *(r.load_E[None] for r in routings)]
         rows = zip(*(r[:3] for r in routings), strict=True) if return_experts else ()
         seen = (torch.stack(row).unflatten(1, ids_BT.shape) for row in rows if row[0] is not None)
-        dropped = dropped / max(1, len(routings))
-        return Output(logits_BTV, loss, balance, z, torch.cat(loads), dropped, *seen)
+        sums = balance, z, torch.cat(loads), dropped / max(1, len(routings))
+        return Output(logits_BTV, loss, *sums, *seen)
 
     def predict(self, x_BTD, targets_BT, return_logits) -> tuple[Tensor | None, Tensor | None]:
         """Logits, and their cross-entropy in fp32 where targets are given."""
@@ -878,12 +869,14 @@ class Step:
             self.done_B |= ids_B == self.stop
         self.ids_B1.copy_(ids_B[:, None])
 
-    def capture(self, compile: bool) -> None:
+    def compile(self) -> None:
+        """Makes `next` compiled code: on a CPU 2.6 (38M parameters) to 5 times (2M) as fast."""
+        self.static, self.fuses = True, len(self.ids_B1) == 1
+        self.next = torch.compile(self.run, fullgraph=True, dynamic=False)
+
+    def capture(self) -> None:
         """Makes `next` the replay of a CUDA graph. Before the prompt: it leaves rubbish behind."""
-        run, side, graph = self.run, torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        if compile:
-            self.fuses = len(self.ids_B1) == 1
-            run = torch.compile(run, fullgraph=True, dynamic=False)
+        run, side, graph = self.next, torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # outside the graph: kernels are chosen, memory is taken
             for _ in range(3):
@@ -902,8 +895,8 @@ def generate(
     repetition_penalty=1.0, stop=None, generator=None, graph=None, compile=False,
 ):  # fmt: skip
     """Yields ids_B, one new token per row, until max_new_tokens, the end of the context, or until
-    every row has had the stop token (which it then repeats; a GPU looks every 16 tokens). On a GPU,
-    `graph` captures a step as a CUDA graph (None: where that pays), `compile` compiles it, too.
+    every row has had the stop token (which it then repeats; a GPU looks every 16 tokens). `graph`
+    captures a step as a CUDA graph (None: where that pays), `compile` compiles it, on a CPU too.
     """
     if model.training:
         raise ValueError("generate needs the model in evaluation mode; call model.eval() first")
@@ -916,8 +909,10 @@ def generate(
     old = is_cuda and torch.cuda.get_device_capability(ids_BT.device) < (9, 0)
     asks = model.sparse_layers and (step.moe is plain_moe or (step.moe is sorted_moe and old))
     graph = is_cuda and n_new >= 64 and not asks if graph is None else graph
+    if compile and (graph or not (is_cuda or asks)):
+        step.compile()
     if graph:
-        step.capture(compile)
+        step.capture()
     for n in range(n_new):
         if temperature:
             step.noise_BV.exponential_(generator=generator)

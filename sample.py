@@ -8,8 +8,7 @@
     python sample.py --score book.txt                    bits per byte: how well it is predicted
     python sample.py "Once" --model FOLDER --dtype bf16  a Hugging Face folder: Llama, Mixtral, ...
 
-Text appears as it is generated, a character only once all its bytes are there. The same seed and
-flags give the same text.
+Text appears as it is generated, whole characters only; the same for the same seed and flags.
 """
 
 import argparse
@@ -24,6 +23,7 @@ import torch
 
 import train
 from data.run.flags import OneLineParser, first_line, number, one_line_errors, pick_device
+from data.run.machine import has_compiler
 from data.run.routers import router_name
 from data.run.scoring import score
 
@@ -51,8 +51,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=count, default=200)
     add("--temperature", type=number(float, lambda t: t >= 0, "0 or more"), default=0.8)
     add("--top_k", type=count, help="choose among the k likeliest tokens")
-    add("--top_p", type=share, help="among the fewest tokens that together reach this share")
     part = number(float, lambda p: 0 <= p <= 1, "from 0 to 1")
+    add("--top_p", type=share, help="among the fewest tokens that together reach this share")
     add("--min_p", type=part, default=0.02, help="at least this share of the likeliest")
     add("--repetition_penalty", type=number(float, lambda r: r > 0, "above 0"), default=1.0)
     some = number(str, bool, "at least one character")
@@ -61,7 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     few = number(int, lambda n: 0 < n <= 1024, "above 0 and at most 1024")
     add("-n", type=few, default=1, help="how many continuations, generated as one batch")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--compile", action="store_true", help=f"for a GPU; by itself from {LONG:,} tokens on")
+    add("--compile", action="store_true", help=f"write code for it; by itself from {LONG:,} on")
     add("--show_experts", action="store_true", help="which expert each token went to")
     add("--text", metavar="FILE", action="append", default=[], help="only show a text's experts")
     layer = number(int, lambda n: n >= 0, "0 or more")
@@ -76,8 +76,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def newest_model() -> Path:
-    models = Path("runs").glob("*/best.pt")
-    newest = max(models, key=lambda path: path.stat().st_mtime, default=None)
+    newest = max(Path("runs").glob("*/best.pt"), key=lambda p: p.stat().st_mtime, default=None)
     if newest is None:
         raise ValueError("no model in runs/ yet; make one (minutes): python train.py")
     return newest
@@ -135,7 +134,8 @@ def answer(model, tokenizer, prompt: str, args, generator: torch.Generator) -> l
     batch_BT = torch.tensor([ids] * args.n, device=args.device)
     texts = [Continuation(tokenizer, args.stop, tokenizer.stops) for _ in range(args.n)]
     show = partial(print, end="", flush=True) if args.n == 1 else lambda piece: None
-    compiled = args.compile or args.n == 1 and min(args.max_new_tokens, seq_len - len(ids)) >= LONG
+    is_long = args.n == 1 and min(args.max_new_tokens, seq_len - len(ids)) >= LONG
+    compiled = (args.compile or is_long) and has_compiler(args.device)
     started = time.perf_counter()
     show(prompt)
     try:
@@ -181,9 +181,9 @@ def converse(respond) -> None:
 
 
 def respond(model, tokenizer, args, generator, prompt: str) -> None:
-    generated = answer(model, tokenizer, prompt, args, generator)
+    texts = enumerate(answer(model, tokenizer, prompt, args, generator), 1)
     if args.show_experts:
-        named = [(f"text {k}", ids) for k, ids in enumerate(generated, 1)]
+        named = [(f"text {k}", ids) for k, ids in texts]
         n_prompt = len([*tokenizer.start, *tokenizer.encode(prompt)]) or 1
         experts.show(named, model, tokenizer, args, n_prompt)
 

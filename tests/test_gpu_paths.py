@@ -19,7 +19,7 @@ from tiny_run import call
 import lamoe
 import train
 from data import kernels
-from data.run.machine import compile_blocks
+from data.run.machine import compile_blocks, has_compiler
 
 ROUTERS = sorted(lamoe.ROUTERS)
 SIZES = {"dim": 16, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "hidden_dim": 8, "n_experts": 4}
@@ -120,6 +120,20 @@ def test_rounds_of_argmax_choose_what_topk_chooses(shape, seed, data):
     k = data.draw(st.integers(1, shape[1]))
     scores_NE = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(lamoe.choose(scores_NE, k), scores_NE.topk(k).indices)
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_experts": 1}, {"router": "deepseek", "qk_norm": True}])
+def test_a_step_compiled_on_a_cpu_writes_what_eager_does(changes):
+    """By the real compiler where there is one, else traced: sample.py then goes on without."""
+    model = random_model(small_config(**{**SIZES, **changes, "seq_len": 64}))
+    ids_BT = random_ids(model.config, 1, 5)
+    backend = "inductor" if has_compiler("cpu") else "aot_eager"
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend=backend)):
+        texts = [list(model.generate(ids_BT, 30, 0.0, compile=way)) for way in (False, True)]
+    assert torch.equal(*map(torch.stack, texts))
+    batch_BT = ids_BT.repeat(2, 1)  # a loop over experts can't be compiled: it runs as it is
+    texts = [list(model.generate(batch_BT, 9, 0.0, compile=way)) for way in (False, True)]
+    assert torch.equal(*map(torch.stack, texts))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")

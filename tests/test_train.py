@@ -871,7 +871,7 @@ def test_without_a_compiler_training_goes_on(capsys, monkeypatch):
     start("plain", "--steps 3 --log_every 1 --n_experts 1")
     monkeypatch.setattr(torch, "compile", broken)
     start("run", "--steps 3 --log_every 1 --n_experts 1 --compile")
-    assert "no compiler here (Failed to find C compiler.)" in capsys.readouterr().out
+    assert "no compiler here (Failed to find C compiler.)" in capsys.readouterr().err
     losses = [[row["train_loss"] for row in log_of(run)] for run in ("plain", "run")]
     assert losses[0] == losses[1]
 

@@ -107,6 +107,17 @@ def compile_blocks(model: lamoe.LaMoE) -> None:
     model.predict = torch.compile(model.predict, fullgraph=True, dynamic=False)
 
 
+def has_compiler(device: str) -> bool:
+    """Whether torch.compile finds what it needs; a line says so if not."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # whatever a missing compiler makes of it
+        why = f"there is no compiler here ({first_line(error)})"
+        print(f"           {why}: going on without", file=sys.stderr)
+        return False
+
+
 def compile_model(run) -> bool:
     """Whether it compiled the model. It also runs it once, so that no step has that time in it."""
     if not run.settings.compile:
@@ -118,11 +129,7 @@ def compile_model(run) -> bool:
             print_line(f"compile    {why}: not compiled")
             return False
     print_line("compile    writing kernels for this model; about half a minute, less the next time")
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(8, device=run.settings.device))
-    except Exception as error:  # whatever a missing compiler makes of it
-        why = f"there is no compiler here ({first_line(error)})"
-        print_line(f"           {why}: going on without")
+    if not has_compiler(run.settings.device):
         return False
     compile_blocks(run.model)
     here = [torch.cuda.current_device()] if run.settings.device == "cuda" else []
