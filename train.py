@@ -422,7 +422,7 @@ def run_training(flags: dict, resuming: bool) -> None:
         torch.manual_seed(hash((run.settings.seed, ranks.RANK, run.done["step"])))
     else:
         run.lock = storage.claim(run.folder, run.lock, keep_files=run.done["step"] > 0)
-    messages.introduce(run)
+    messages.introduce(run, evaluate)
     machine.keep_freed_memory()
     with machine.out_of_memory_advice(run.settings):
         run.is_compiled = machine.compile_model(run)

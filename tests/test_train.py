@@ -354,6 +354,17 @@ def test_a_finished_run_trains_longer_and_its_text_may_have_moved(capsys):
     assert "not the one this run began with" in capsys.readouterr().err
 
 
+def test_fine_tuning_tells_where_it_begins(capsys):
+    assert start("run", "--steps 3") == 0
+    scored = float(log_of("run")[-1]["val_bits_per_byte"])
+    capsys.readouterr()
+    flags = words(["--steps 1 --lr 0 --muon_lr 0 --init run/best.pt --device cpu --dtype fp32"])
+    assert call(train, "--data", "text.txt", "--out", "tuned", *flags) == 0
+    (before,) = re.findall(r"before the first step: ([\d.]+) bits", capsys.readouterr().out)
+    assert float(before) == pytest.approx(scored, rel=1e-3)
+    assert float(log_of("tuned")[-1]["val_bits_per_byte"]) == pytest.approx(scored, rel=1e-3)
+
+
 def test_rates_of_fine_tuning_fall_with_the_size_of_the_model():
     fresh = {"lr": 4e-3, "muon_lr": 0.04}
 

@@ -13,7 +13,7 @@ from data.run.log import by_source, print_line, read_rows
 from data.run.pictures import bits_per_byte, draw, sparkline
 
 
-def introduce(run) -> None:
+def introduce(run, evaluate) -> None:
     """The model, the training and the folder, in a line each."""
     c, settings = run.model.config, run.settings
     total, active = lamoe.count_parameters(run.model)["all"]
@@ -44,6 +44,9 @@ def introduce(run) -> None:
     print_line(f"run        {run.folder}: {files}; Ctrl-C saves, --resume goes on")
     loss = f"ln({c.vocab_size}) = {math.log(c.vocab_size):.2f}"
     print_line(f"           a model that knows nothing has loss {loss}")
+    if run.flags.get("init") and not run.done["step"]:
+        before = evaluate(run.model, run.data, settings)
+        print_line(f"           before the first step: {before.bits_per_byte:.4f} bits/byte")
 
 
 def not_finite(step: int, run) -> ValueError:
