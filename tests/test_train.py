@@ -426,6 +426,7 @@ def test_a_run_is_locked_against_a_second_and_the_lock_dies_with_its_process(cap
         assert resume("run", "--data text.txt", *TINY, "--steps 1") == 2
         assert "in use" in capsys.readouterr().err
         assert sorted(os.listdir("run")) == [
+            "config.json",
             "load.csv",
             "lock",
             "log.csv",
