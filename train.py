@@ -215,34 +215,37 @@ def evaluate(model, data, settings: TrainConfig, labels=None, alone: bool = Fals
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal [2]: no direction of a matrix is learned slowly.
 
-    torch's Muon goes matrix by matrix; here those of one shape, experts too, are one batch, and
-    `move` is a function of lists, which machine.recorded compiles.
+    torch's Muon goes matrix by matrix; here those of one shape are a batch, and a stack of experts
+    is one already. `move` is a function of lists, which machine.recorded compiles.
     """
 
     def __init__(self, matrices, lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.move = move
+        self.move, self.share = move, 1.0  # share: what clipping leaves of gradients
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}
+            batches = {}
             for weight in (weight for weight in group["params"] if weight.grad is not None):
                 if not (state := self.state[weight]):
                     state["momentum"] = torch.zeros_like(weight)
                 # A shard of a stack is some experts, each of them whole: see ranks.is_sharded.
                 parts = [ranks.local(part) for part in (weight, weight.grad, state["momentum"])]
-                by_shape.setdefault(parts[0].shape, []).append(parts)
-            for shape, parts in by_shape.items():
-                rate = group["lr"] * max(1, shape[-2] / shape[-1]) ** 0.5
+                key = weight.shape if weight.dim() == 2 else weight
+                batches.setdefault(key, []).append(parts)
+            for parts in batches.values():
+                *_, rows, columns = parts[0][0].shape
+                rate = group["lr"] * max(1, rows / columns) ** 0.5
                 keep = 1 - group["lr"] * group["weight_decay"]
-                self.move(*zip(*parts, strict=True), group["momentum"], rate, keep)
+                self.move(*zip(*parts, strict=True), self.share, group["momentum"], rate, keep)
 
 
-def move(weights, grads, momenta, momentum: float, rate, keep) -> None:
+def move(weights, grads, momenta, share, momentum: float, rate, keep) -> None:
     """Muon's step for matrices, or stacks of them, of one shape."""
     ahead = []
     for grad, average in zip(grads, momenta, strict=True):
+        grad = grad * share
         average.lerp_(grad, 1 - momentum)
         ahead.append(grad.lerp(average, momentum))  # Nesterov's
     stack = torch.stack(ahead).flatten(0, -3)
@@ -260,17 +263,19 @@ THREE = ((8.1044, -22.621, 16.2588), (3.9172, -2.8251, 0.5247), (2.5086, -1.8812
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
     """U V^T, nearly, of each matrix U S V^T of a batch: singular values within 0.3 to 1.2, by
-    products alone. x is first divided by its largest number, lest a square leave the range of fp32,
-    and by the root of |x x^T|, which no singular value exceeds."""
+    products alone. x is divided by the root of |x x^T|, which no singular value exceeds; that norm
+    is taken of x x^T over its largest number, lest fourth powers leave the range of fp32."""
     tall = x.shape[-2] > x.shape[-1]
-    x = (x.mT if tall else x) / x.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=1e-37)
+    x = x.mT if tall else x
     for i, (a, b, c) in enumerate(THREE if x.is_cuda else FIVE):
-        gram = x @ x.mT
-        if i == 0:
-            size = gram.norm(dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp(min=1e-30)
-            x, gram = (x * size.rsqrt()).to(x.dtype), (gram / size).to(x.dtype)
+        gram, root = x @ x.mT, 1.0
+        if i == 0:  # the division of x itself is left to the product below
+            most = gram.diagonal(dim1=-2, dim2=-1).float().amax(-1)[..., None, None]
+            most = most.clamp(min=1e-37)
+            norm = (gram / most).norm(dim=(-2, -1), keepdim=True).clamp(min=1)
+            gram, root = (gram / (most * norm)).to(x.dtype), (most * norm).rsqrt()
         eye = torch.eye(gram.shape[-1], device=x.device)
-        x = (a * eye + b * gram + c * (gram @ gram)).to(x.dtype) @ x
+        x = (root * (a * eye + b * gram + c * (gram @ gram))).to(x.dtype) @ x
     return x.mT if tall else x
 
 
@@ -341,7 +346,8 @@ def train(run: Run, stop: list) -> None:
             meter.add(out)
             loads.append(out.load)
         ranks.average_unsharded(run.parallel)
-        meter.add_norm(ranks.clip_gradients(run.parallel.parameters(), settings.clip))
+        muon, *_ = run.optimizers
+        meter.add_norm(ranks.clip_gradients(run.parallel.parameters(), settings.clip, muon))
         if settings.device == "cpu" and not meter.is_finite():
             raise messages.not_finite(done["step"] + 1, run)
         for optimizer in run.optimizers:

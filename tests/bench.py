@@ -124,7 +124,8 @@ def stepper(model, parallel, batch: int, settings=SETTINGS):
         load_LE = out.load
         del out
         ranks.average_unsharded(parallel)
-        meter.add_norm(ranks.clip_gradients(parallel.parameters(), settings.clip))
+        muon, *_ = optimizers
+        meter.add_norm(ranks.clip_gradients(parallel.parameters(), settings.clip, muon))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

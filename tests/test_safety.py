@@ -258,14 +258,14 @@ def test_a_gradient_that_is_not_finite_moves_no_weight(value, workplace, capsys)
     """Of one embedding in one step: the loss stays finite, the norm of the next step too."""
     kept = {}
 
-    def spoil(parameters, most, clip=ranks.clip_gradients):
+    def spoil(parameters, most, muon, clip=ranks.clip_gradients):
         parameters = list(parameters)
         spoil.calls += 1
         if spoil.calls == 7:
             kept["before"] = [p.detach().clone() for p in parameters]
             kept["now"] = parameters
             parameters[0].grad[-1] = value
-        return clip(parameters, most)
+        return clip(parameters, most, muon)
 
     spoil.calls = 0
     with mock.patch.object(ranks, "clip_gradients", spoil):
@@ -287,7 +287,7 @@ def test_on_a_gpu_it_stays_in_the_meter_until_the_row_that_reports_it(tmp_path):
         meter=log.Meter(model),
         model=model,
         parallel=model,
-        optimizers=[],
+        optimizers=train.make_optimizers(model, train.TrainConfig()),
         done=dict(storage.NOTHING_DONE),
         folder=tmp_path,
         is_compiled=False,

@@ -173,6 +173,7 @@ def compile_muon(muon) -> None:
     starting it costs Python more than it saves the GPU.)
     """
     muon.move = torch.compile(muon.move, dynamic=False)
+    muon.share = torch.ones((), device="cuda")
     state, muon.state = muon.state, collections.defaultdict(dict)
     for weight in (weight for group in muon.param_groups for weight in group["params"]):
         weight.grad = torch.zeros_like(weight)
