@@ -1,130 +1,269 @@
-"""Repeats the README's comparison of sparse and dense models, on anyone's text.
+"""Makes the tables and pictures of the README again, by running train.py as anybody would.
 
-    python tests/results.py sparse --data FOLDER           on a GPU: 15 minutes for each seed
-    python tests/results.py facts --minutes 2 --seeds 5    on a laptop: facts learned by heart
+    python tests/results.py                                lists them, and how long each takes
+    python tests/results.py facts --minutes 2 --seeds 5
 
-Each model trains for the same time: a short run measures its speed, which gives its number of
-steps, so that its rates end at zero as the time ends. `sparse` then trains the sparse model once
-more, for two thirds of the time, which is where the dense model's last loss should be reached.
-Nothing is skipped that is there already: a run that was stopped goes on. Writes OUT/results.png.
+A flag that isn't one of --help is for train.py: --device, --data, --dim ... Runs are kept in
+runs/NAME, and one that is complete is not run again: a series that was stopped goes on with the
+same command. `--only 3` makes the runs of seed 3 alone, so that several processes share a series;
+the command without it makes what is missing, and prints and draws.
+
+`facts` and `sparse` compare at equal time: short runs of both sides measure their speeds under the
+conditions of the seed's own runs, which gives numbers of steps, so that a run's rates reach zero as
+its time ends. The seconds it took in the end are printed.
 """
 
 import argparse
 import csv
+import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, median
+
+import numpy as np
 
 ROOT = Path(__file__).parents[1]
-TEXT = "--vocab_size 8192 --dim 512 --n_layers 8 --n_heads 8 --n_kv_heads 8 --seq_len 512 "
-TEXT += "--batch_size 128 --lr 4e-3 --muon_lr 0.04 --muon_ffn --weight_decay 0.1"
-# name: (flags of the text, {model: (its flags, shares of the time)})
-CASES = {
-    "sparse": (
-        TEXT,
-        {
-            "dense": ("--n_experts 1 --hidden_dim 1536", [1]),
-            "sparse": (
-                "--n_experts 32 --top_k 2 --hidden_dim 512 --n_shared_experts 1",
-                [1, 2 / 3],
-            ),
-        },
-    ),
+sys.path.insert(0, str(ROOT))
+from data.run.pictures import COLOURS, import_pyplot, read_run, save  # noqa: E402
+
+LIST = """
+default    the picture at the head of the README and the row of its quick start: 4 minutes a seed
+           on two cores
+sparse     "Where sparse wins", the picture: on a GPU, with --data FOLDER of 100 MB or more: 15
+           minutes a seed
+speed      "Where sparse wins", the table: python tests/bench.py equal, 5 minutes of a GPU
+routers    "Results", with --data tinyshakespeare (or another text) its right half: 40 minutes a
+           seed on two cores; --device cuda: 5
+facts      facts learned by heart, dense against sparse at equal time: --minutes twice for a seed
+
+The rest of tests/README.md: python tests/bench.py, and the commands beside its tables.
+"""
+# What is trained on, then {side: its experts}: the same active width on both sides.
+TIMED = {
     "facts": (
         "--data facts",
         {
-            "dense": ("--n_experts 1 --hidden_dim 512", [1]),
-            "sparse": ("--n_experts 16 --top_k 2 --hidden_dim 256", [1]),
+            "dense": "--n_experts 1 --hidden_dim 512",
+            "sparse": "--n_experts 16 --top_k 2 --hidden_dim 256",
+        },
+    ),
+    "sparse": (
+        "--vocab_size 8192 --dim 512 --n_layers 8 --n_heads 8 --n_kv_heads 8 --seq_len 512 "
+        "--batch_size 128 --lr 4e-3 --muon_lr 0.04 --muon_ffn --weight_decay 0.1",
+        {
+            "dense": "--n_experts 1 --hidden_dim 1536",
+            "sparse": "--n_experts 32 --top_k 2 --hidden_dim 512 --n_shared_experts 1",
         },
     ),
 }
+ROWS = (
+    "--n_experts 1 --hidden_dim 512",
+    "--n_experts 4",
+    "--n_experts 8",
+    "--n_experts 32",
+    "--n_experts 8 --router noisy",
+    "--n_experts 8 --router switch --hidden_dim 512",
+    "--n_experts 8 --router deepseek",
+)
+RECIPE = "--preset laptop --n_layers 4 --lr 4e-3 --weight_decay 0.1"
+STORIES, TEXT = "--data stories --steps 600", "--vocab_size 512 --steps 900"  # and --data
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+def train(run: Path, *flags: str) -> list[dict]:
+    """The log of a run of train.py: made, finished, or only read."""
+    words = [word for part in flags for word in shlex.split(part)]
+    command, made = shlex.join(["python", "train.py", *words]), Path(f"{run}.command")
+    if made.exists() and made.read_text() != command:
+        sys.exit(f"{run} is of another command, {made.read_text()}; choose another --out")
+    made.parent.mkdir(parents=True, exist_ok=True)
+    made.write_text(command)
+    if not is_complete(run):
+        print(f"$ {command} --resume --out {run}", flush=True)
+        script = [sys.executable, str(ROOT / "train.py")]
+        process = subprocess.Popen([*script, *words, "--resume", "--out", str(run)])
+        try:
+            failed = process.wait()
+        except KeyboardInterrupt:
+            failed = process.wait()  # it saves
+        if failed:
+            sys.exit(failed)
+    return log_of(run)
+
+
+def is_complete(run: Path) -> bool:
+    rows, config = log_of(run), run / "config.json"
+    return bool(rows) and int(rows[-1]["step"]) == json.loads(config.read_text())["steps"]
 
 
 def log_of(run: Path) -> list[dict]:
+    if not (run / "log.csv").exists():
+        return []
     with open(run / "log.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def train(run: Path, flags: list[str], steps: int) -> list[dict]:
-    """The log of a run, made, finished or only read."""
-    resume = [] if not (run / "last.pt").exists() else ["--resume"]
-    flags = [*flags, "--steps", str(steps), "--out", str(run), *resume]
-    print(f"$ python train.py {' '.join(flags)}", flush=True)
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], check=True)
-    return log_of(run)
+def best(rows: list[dict]) -> dict:
+    """The row with the best validation."""
+    scored = [row for row in rows if row["val_bits_per_byte"]]
+    return min(scored, key=lambda row: float(row["val_bits_per_byte"]))
 
 
-def speed(run: Path, flags: list[str]) -> float:
-    """Steps per second, by the faster half of a short run."""
-    rows = train(run, [*flags, "--log_every", "20"], 200)
-    tokens_per_step = int(rows[0]["tokens"]) / int(rows[0]["step"])
-    speeds = sorted(float(row["tokens_per_s"]) for row in rows)
-    return speeds[len(speeds) * 3 // 4] / tokens_per_step
+def speed(run: Path, *flags: str, steps: int) -> float:
+    """Steps per second, the median of the second half of a short run."""
+    every = max(1, steps // 10)
+    rows = train(run, *flags, f"--log_every {every} --steps {steps}")
+    tokens = int(rows[0]["tokens"]) / int(rows[0]["step"])
+    return median(float(row["tokens_per_s"]) for row in rows[len(rows) // 2 :]) / tokens
 
 
-def compare(case: str, given: list[str], minutes: float, seeds: int, out: Path) -> list[tuple]:
-    """(model, seed, [(seconds, bits per byte)] of the evaluations) of each run."""
-    common, models = CASES[case]
-    common, results = [*common.split(), *given], []
-    for model, (flags, shares) in models.items():
-        flags = [*common, *flags.split()]
-        rate = speed(out / f"{model}-speed", flags)
-        for share in shares:
-            for seed in range(seeds):
-                steps = max(20, round(60 * minutes * share * rate))
-                name = f"{model}-{share * minutes:.3g}-minutes-{seed}"
-                every = ["--seed", str(seed), "--eval_every", str(-(-steps // 14))]
-                rows = train(out / name, [*flags, *every], steps)
-                curve = [
-                    (float(row["seconds"]), float(row["val_bits_per_byte"]))
-                    for row in rows
-                    if row["val_bits_per_byte"]
-                ]
-                results.append((f"{model}, {share * minutes:.3g} minutes", seed, curve))
-    return results
+def spread(values: list[float], digits: int = 3) -> str:
+    text = f"{mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return text
 
 
-def draw(results: list[tuple], path: Path) -> None:
-    """Bits per byte against seconds; a star where a run ends. Needs matplotlib."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print('picture    none: install matplotlib for it: pip install -e ".[plot]"')
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    colours = {"dense": "tab:grey", "sparse": "tab:orange"}
-    for name, seed, curve in results:
-        seconds, bits = zip(*curve, strict=True)
-        colour, style = (
-            colours[name.split(",")[0]],
-            "-" if name.endswith(results[0][0][5:]) else ":",
-        )
-        axes.plot(seconds, bits, style, color=colour, label=None if seed else name)
-        axes.plot(seconds[-1], bits[-1], "*", color=colour, markersize=12)
-    ends = [curve[-1][1] for name, _, curve in results if name == results[0][0]]
-    axes.axhline(sum(ends) / len(ends), color="tab:grey", linewidth=0.8, linestyle="--")
-    low = min(curve[-1][1] for *_, curve in results)
-    axes.set_ylim(low - 0.02, low + 0.35)
-    axes.set(xlabel="seconds of training", ylabel="validation, bits per byte")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+# --- Equal time -----------------------------------------------------------------------------------
+
+
+def timed(args, given: str) -> None:
+    """facts, sparse: each side for so many minutes."""
+    if args.case == "sparse" and "--data" not in given:
+        sys.exit("sparse needs a text of 100 MB or more: --data FOLDER")
+    is_facts = args.case == "facts"
+    measure = "val_recall_bits" if is_facts else "val_bits_per_byte"
+    unit = "bits that a fact still costs" if is_facts else "validation, bits per byte"
+    common, sides = TIMED[args.case]
+    minutes = {"dense": [args.minutes], "sparse": [args.minutes]}
+    if args.sparse_minutes or not is_facts:
+        minutes["sparse"] = args.sparse_minutes or [args.minutes, round(args.minutes * 2 / 3, 2)]
+    curves = {}  # {(side, its minutes): [(seconds, bits)] of each seed}
+    for seed in args.seeds:
+        flags = {
+            side: (common, experts, given, vars(args)[side]) for side, experts in sides.items()
+        }
+        rates = {
+            side: speed(args.out / f"speed-{side}-{seed}", *flags[side], steps=args.speed_steps)
+            for side in sides
+        }
+        for side, of_side in minutes.items():
+            for m in of_side:
+                steps = max(20, round(60 * m * rates[side]))
+                every = f"--seed {seed} --eval_every {-(-steps // 14)} --steps {steps}"
+                rows = train(args.out / f"{side}-{m:g}-minutes-{seed}", *flags[side], every)
+                points = [(float(r["seconds"]), float(r[measure])) for r in rows if r[measure]]
+                curves.setdefault((side, m), []).append(np.array(points).T)
+    if not args.draws:
+        return
+    print(f"\n{unit}, at the end of the run; {len(args.seeds)} seeds: mean (lowest to highest)")
+    print(f"{'':24} {'seconds':26} bits")
+    for (side, m), seeds in curves.items():
+        seconds, bits = ([float(curve[i][-1]) for curve in seeds] for i in (0, 1))
+        print(f"{f'{side}, {m:g} minutes':24} {spread(seconds, 1):26} {spread(bits)}")
+    target = mean(float(bits[-1]) for _, bits in curves["dense", args.minutes])
+    for (side, m), seeds in curves.items():
+        if side == "sparse":
+            reached = [x for curve in seeds if (x := first_below(target, *curve)) is not None]
+            text = f"{len(reached)} of {len(seeds)} seeds reach dense's {target:.3f}"
+            text += f", after {spread(reached, 1)} seconds" if reached else ""
+            print(f"sparse, {m:g} minutes: {text}")
+    draw(curves, target, unit, args.out / "results.png")
+
+
+def first_below(target: float, seconds, bits) -> float | None:
+    """When a curve first is at the target, on a line between its evaluations."""
+    for i, value in enumerate(bits):
+        if value <= target:
+            before = slice(max(0, i - 1), i + 1)
+            return float(np.interp(-target, -bits[before], seconds[before]))
+    return None
+
+
+def draw(curves: dict, target: float, unit: str, path: Path) -> None:
+    """A line for the mean of a side's seeds in a band, lowest to highest; marks are ends."""
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for i, ((side, m), seeds) in enumerate(curves.items()):
+        colour, style = COLOURS[side == "sparse"], ":" if list(curves).index((side, m)) > 1 else "-"
+        at = np.linspace(max(s[0] for s, _ in seeds), min(s[-1] for s, _ in seeds), 100)
+        bits = np.array([np.interp(at, *curve) for curve in seeds])
+        name = f"{side}, {m:g} minutes: {spread([float(b[-1]) for _, b in seeds])}"
+        axes.plot(at, bits.mean(0), style, color=colour, label=name)
+        axes.fill_between(at, bits.min(0), bits.max(0), color=colour, alpha=0.15, lw=0)
+        for seconds, b in seeds:
+            axes.plot(seconds[-1], b[-1], "o*"[side == "sparse"], color=colour, markersize=7)
+    axes.axhline(target, color=COLOURS[0], linewidth=0.8, linestyle="--")
+    ends, starts = ([b[i] for s in curves.values() for _, b in s] for i in (-1, 0))
+    span = min(max(starts), 2.5 * max(ends)) - min(ends)
+    axes.set_ylim(min(ends) - 0.1 * span, min(ends) + 1.05 * span)
+    n = len(next(iter(curves.values())))
+    axes.set(xlabel="seconds of training", ylabel=unit)
+    axes.legend(frameon=False, title=f"mean (lowest to highest) of {n} seeds at the end")
+    save(figure, path, f"{unit}, against seconds: {'; '.join(str(k) for k in curves)}")
     print(f"picture    {path}")
 
 
+# --- The other cases ------------------------------------------------------------------------------
+
+
+def routers(args, given: str) -> None:
+    """The table "Results": seven rows of flags, on the stories and on a real text."""
+    texts = {"stories (floor 0.386)": STORIES}
+    if args.data:
+        texts[Path(args.data).stem] = f"--data {shlex.quote(args.data)} {TEXT}"
+    rows = {}
+    for seed in args.seeds:
+        for row in ROWS:
+            for text, flags in texts.items():
+                run = args.out / f"{row} {text} {seed}".replace("--", "").replace(" ", "-")
+                log = train(run, RECIPE, row, flags, f"--seed {seed}", given)
+                rows.setdefault((row, text), []).append(best(log) | {"last": log[-1]})
+    if args.draws:
+        print(rows)
+
+
+def default(args, given: str) -> None:
+    """A run as the quick start has it: its picture, and what it reached."""
+    for seed in args.seeds:
+        run = args.out / f"seed-{seed}"
+        log = train(run, f"--seed {seed}", given)
+        row, bits = best(log), float(best(log)["val_bits_per_byte"])
+        print(
+            f"seed {seed}: {bits:.3f} bits per byte, {100 * (bits / read_run(run).floor - 1):.2f}% "
+            f"above the floor; a recalled name costs {float(row['val_recall_bits']):.3f} bits; "
+            f"{float(log[-1]['seconds']):.0f} s of training"
+        )
+        print(f"picture    {run}/loss.png")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("case", choices=[*CASES])
-    parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", type=Path)
-    args, given = parser.parse_known_args()  # the rest, --data too, is for train.py
-    if args.case == "sparse" and "--data" not in given:
-        parser.error("sparse needs a text: --data FOLDER, of 100 MB or more")
-    out = args.out or Path("runs") / args.case
-    results = compare(args.case, given, args.minutes, args.seeds, out)
-    print(f"\n{'model':24} seed  seconds  bits/byte")
-    for name, seed, curve in results:
-        print(f"{name:24} {seed:4} {curve[-1][0]:8.1f} {curve[-1][1]:10.4f}")
-    draw(results, out / "results.png")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    cases = {"default": default, "sparse": timed, "routers": routers, "facts": timed}
+    parser.add_argument("case", nargs="?", choices=[*cases, "speed"])
+    parser.add_argument("--seeds", type=int, default=0, help="how many (5; default: 1)")
+    parser.add_argument("--only", type=int, help="the runs of this seed alone, and no picture")
+    parser.add_argument("--minutes", type=float, default=5, help="for each run of facts, sparse")
+    parser.add_argument("--sparse_minutes", type=float, nargs="+", help="for the sparse runs")
+    for side in ("dense", "sparse"):
+        parser.add_argument(f"--{side}", default="", help=f'"FLAGS" of the {side} side alone')
+    parser.add_argument("--speed_steps", type=int, default=100, help="of a run to measure speed")
+    parser.add_argument("--out", type=Path, help="folder of the runs (runs/NAME)")
+    args, given = parser.parse_known_args()
+    if not args.case:
+        return print(LIST.strip())
+    if args.case == "speed":
+        sys.exit(subprocess.call([sys.executable, str(ROOT / "tests/bench.py"), "equal", *given]))
+    seeds = args.seeds or (1 if args.case == "default" else 5)
+    args.draws, args.seeds = args.only is None, range(seeds)
+    if not args.draws:
+        args.seeds = [args.only]
+    args.out = args.out or Path("runs") / args.case
+    cases[args.case](args, shlex.join(given))
 
 
 if __name__ == "__main__":
