@@ -16,6 +16,7 @@ its time ends. The seconds it took in the end are printed.
 import argparse
 import csv
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from data.run.flags import one_line_errors  # noqa: E402
 from data.run.pictures import COLOURS, import_pyplot, read_run, save  # noqa: E402
 
 LIST = """
@@ -42,11 +44,11 @@ The rest of tests/README.md: python tests/bench.py, and the commands beside its 
 """
 # What is trained on, then {side: its experts}: the same active width on both sides.
 TIMED = {
-    "facts": (
-        "--data facts",
+    "facts": (  # the model of experiment 2: tests/exercises/README.md
+        "--data facts --n_layers 2 --dim 64 --vocab_size 512",
         {
-            "dense": "--n_experts 1 --hidden_dim 512",
-            "sparse": "--n_experts 16 --top_k 2 --hidden_dim 256",
+            "dense": "--n_experts 1 --hidden_dim 64",
+            "sparse": "--n_experts 8 --top_k 2 --hidden_dim 32",
         },
     ),
     "sparse": (
@@ -68,24 +70,24 @@ ROWS = (
     "--n_experts 8 --router deepseek",
 )
 RECIPE = "--preset laptop --n_layers 4 --lr 4e-3 --weight_decay 0.1"
-STORIES, TEXT = "--data stories --steps 600", "--vocab_size 512 --steps 900"  # and --data
 
 
 # --- Runs -----------------------------------------------------------------------------------------
 
 
-def train(run: Path, *flags: str) -> list[dict]:
+def train(run: Path, *flags: str, **environment: str) -> list[dict]:
     """The log of a run of train.py: made, finished, or only read."""
     words = [word for part in flags for word in shlex.split(part)]
     command, made = shlex.join(["python", "train.py", *words]), Path(f"{run}.command")
     if made.exists() and made.read_text() != command:
-        sys.exit(f"{run} is of another command, {made.read_text()}; choose another --out")
+        raise ValueError(f"{run} is from another command: {made.read_text()}; try another --out")
     made.parent.mkdir(parents=True, exist_ok=True)
     made.write_text(command)
     if not is_complete(run):
         print(f"$ {command} --resume --out {run}", flush=True)
         script = [sys.executable, str(ROOT / "train.py")]
-        process = subprocess.Popen([*script, *words, "--resume", "--out", str(run)])
+        words += ["--resume", "--out", str(run)]
+        process = subprocess.Popen([*script, *words], env={**os.environ, **environment})
         try:
             failed = process.wait()
         except KeyboardInterrupt:
@@ -113,10 +115,10 @@ def best(rows: list[dict]) -> dict:
     return min(scored, key=lambda row: float(row["val_bits_per_byte"]))
 
 
-def speed(run: Path, *flags: str, steps: int) -> float:
+def speed(run: Path, *flags: str, steps: int, **environment: str) -> float:
     """Steps per second, the median of the second half of a short run."""
     every = max(1, steps // 10)
-    rows = train(run, *flags, f"--log_every {every} --steps {steps}")
+    rows = train(run, *flags, f"--log_every {every} --steps {steps}", **environment)
     tokens = int(rows[0]["tokens"]) / int(rows[0]["step"])
     return median(float(row["tokens_per_s"]) for row in rows[len(rows) // 2 :]) / tokens
 
@@ -134,7 +136,7 @@ def spread(values: list[float], digits: int = 3) -> str:
 def timed(args, given: str) -> None:
     """facts, sparse: each side for so many minutes."""
     if args.case == "sparse" and "--data" not in given:
-        sys.exit("sparse needs a text of 100 MB or more: --data FOLDER")
+        raise ValueError("sparse needs a text of 100 MB or more: --data FOLDER")
     is_facts = args.case == "facts"
     measure = "val_recall_bits" if is_facts else "val_bits_per_byte"
     unit = "bits that a fact still costs" if is_facts else "validation, bits per byte"
@@ -186,7 +188,10 @@ def first_below(target: float, seconds, bits) -> float | None:
 
 def draw(curves: dict, target: float, unit: str, path: Path) -> None:
     """A line for the mean of a side's seeds in a band, lowest to highest; marks are ends."""
-    pyplot = import_pyplot()
+    try:
+        pyplot = import_pyplot()
+    except ValueError as error:
+        return print(f"picture    none: {error}")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for i, ((side, m), seeds) in enumerate(curves.items()):
         colour, style = COLOURS[side == "sparse"], ":" if list(curves).index((side, m)) > 1 else "-"
@@ -212,19 +217,35 @@ def draw(curves: dict, target: float, unit: str, path: Path) -> None:
 
 
 def routers(args, given: str) -> None:
-    """The table "Results": seven rows of flags, on the stories and on a real text."""
-    texts = {"stories (floor 0.386)": STORIES}
+    """The table "Results": rows of flags, on the stories and on a real text."""
+    texts = {"stories (floor 0.386)": "--data stories --steps 600"}
     if args.data:
-        texts[Path(args.data).stem] = f"--data {shlex.quote(args.data)} {TEXT}"
-    rows = {}
+        flags = f"--data {shlex.quote(args.data)} --vocab_size 512 --steps 900"
+        texts[Path(args.data).stem] = flags
+    logs, times = {}, {row: [] for row in ROWS}
     for seed in args.seeds:
-        for row in ROWS:
+        for i, row in enumerate(ROWS):
             for text, flags in texts.items():
-                run = args.out / f"{row} {text} {seed}".replace("--", "").replace(" ", "-")
+                run = args.out / f"row-{i}-{text.split()[0]}-{seed}"
                 log = train(run, RECIPE, row, flags, f"--seed {seed}", given)
-                rows.setdefault((row, text), []).append(best(log) | {"last": log[-1]})
-    if args.draws:
-        print(rows)
+                logs.setdefault((row, text), []).append(log)
+    if not args.draws:
+        return
+    for n in range(args.rounds):  # in turn: what else the machine does meets all of them
+        for i, row in enumerate(ROWS):
+            flags = (RECIPE, row, "--data stories", given, "--device cpu")
+            run = args.out / f"row-{i}-time-{n}"
+            times[row].append(1 / speed(run, *flags, steps=20, OMP_NUM_THREADS="1"))
+    print("\n| flags | time |", *(f"{text} | busiest |" for text in texts))
+    print("|---|---|" + "---|---|" * len(texts))
+    for row in ROWS:
+        ratios = [a / b for a, b in zip(times[row], times[ROWS[0]], strict=True)]
+        cells = [f"`{row}`", f"{median(ratios):.2f}" if ratios else ""]
+        for text in texts:
+            bits = [float(best(log)["val_bits_per_byte"]) for log in logs[row, text]]
+            load = [log[-1]["load_max_over_mean"] for log in logs[row, text]]
+            cells += [spread(bits), f"{mean(map(float, load)):.2f}" if all(load) else ""]
+        print("|", " | ".join(cells), "|")
 
 
 def default(args, given: str) -> None:
@@ -251,6 +272,8 @@ def main() -> None:
     parser.add_argument("--sparse_minutes", type=float, nargs="+", help="for the sparse runs")
     for side in ("dense", "sparse"):
         parser.add_argument(f"--{side}", default="", help=f'"FLAGS" of the {side} side alone')
+    parser.add_argument("--data", help="a text, for sparse and routers")
+    parser.add_argument("--rounds", type=int, default=7, help="of the time of a step, for routers")
     parser.add_argument("--speed_steps", type=int, default=100, help="of a run to measure speed")
     parser.add_argument("--out", type=Path, help="folder of the runs (runs/NAME)")
     args, given = parser.parse_known_args()
@@ -258,13 +281,14 @@ def main() -> None:
         return print(LIST.strip())
     if args.case == "speed":
         sys.exit(subprocess.call([sys.executable, str(ROOT / "tests/bench.py"), "equal", *given]))
-    seeds = args.seeds or (1 if args.case == "default" else 5)
-    args.draws, args.seeds = args.only is None, range(seeds)
-    if not args.draws:
-        args.seeds = [args.only]
+    n, args.draws = args.seeds or (1 if args.case == "default" else 5), args.only is None
+    args.seeds = range(n) if args.draws else [args.only]
     args.out = args.out or Path("runs") / args.case
+    if args.data and args.case != "routers":
+        given += ["--data", args.data]
     cases[args.case](args, shlex.join(given))
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()
