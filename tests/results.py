@@ -14,7 +14,6 @@ its time ends. The seconds it took in the end are printed.
 """
 
 import argparse
-import csv
 import json
 import os
 import shlex
@@ -28,19 +27,20 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from data.run.flags import one_line_errors  # noqa: E402
+from data.run.log import read_rows  # noqa: E402
 from data.run.pictures import COLOURS, import_pyplot, read_run, save  # noqa: E402
 
 LIST = """
-default    the picture at the head of the README and the row of its quick start: 4 minutes a seed
-           on two cores
-sparse     "Where sparse wins", the picture: on a GPU, with --data FOLDER of 100 MB or more: 15
-           minutes a seed
-speed      "Where sparse wins", the table: python tests/bench.py equal, 5 minutes of a GPU
-routers    "Results", with --data tinyshakespeare (or another text) its right half: 40 minutes a
-           seed on two cores; --device cuda: 5
-facts      facts learned by heart, dense against sparse at equal time: --minutes twice for a seed
+default   the picture at the head of the README and a row of its quick start; 4 minutes a seed on
+          two cores
+sparse    "Where sparse wins", the picture; with --data FOLDER, of 100 MB or more, 15 minutes a
+          seed on a GPU
+speed     "Where sparse wins", the table: tests/bench.py equal; minutes of a GPU
+routers   "Results"; its right half with --data, tinyshakespeare there; 40 minutes a seed on two
+          cores, and a quarter of an hour for the column of times
+facts     facts learned by heart, dense and sparse at equal time; twice --minutes a seed
 
-The rest of tests/README.md: python tests/bench.py, and the commands beside its tables.
+The tables of tests/README.md: python tests/bench.py, and the commands that stand above them.
 """
 # What is trained on, then {side: its experts}: the same active width on both sides.
 TIMED = {
@@ -94,19 +94,12 @@ def train(run: Path, *flags: str, **environment: str) -> list[dict]:
             failed = process.wait()  # it saves
         if failed:
             sys.exit(failed)
-    return log_of(run)
+    return list(read_rows(run / "log.csv"))
 
 
 def is_complete(run: Path) -> bool:
-    rows, config = log_of(run), run / "config.json"
+    rows, config = list(read_rows(run / "log.csv")), run / "config.json"
     return bool(rows) and int(rows[-1]["step"]) == json.loads(config.read_text())["steps"]
-
-
-def log_of(run: Path) -> list[dict]:
-    if not (run / "log.csv").exists():
-        return []
-    with open(run / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def best(rows: list[dict]) -> dict:
@@ -160,21 +153,27 @@ def timed(args, given: str) -> None:
                 rows = train(args.out / f"{side}-{m:g}-minutes-{seed}", *flags[side], every)
                 points = [(float(r["seconds"]), float(r[measure])) for r in rows if r[measure]]
                 curves.setdefault((side, m), []).append(np.array(points).T)
-    if not args.draws:
-        return
-    print(f"\n{unit}, at the end of the run; {len(args.seeds)} seeds: mean (lowest to highest)")
+    if args.draws:
+        compare(curves, args.minutes, unit, args.out / "results.png")
+
+
+def compare(curves: dict, minutes: float, unit: str, path: Path) -> None:
+    """Prints where the runs end, and when sparse was where dense ends; then the picture."""
+    n_seeds = len(curves["dense", minutes])
+    print(f"\n{unit}, at the end of the run; {n_seeds} seeds: mean (lowest to highest)")
     print(f"{'':24} {'seconds':26} bits")
     for (side, m), seeds in curves.items():
         seconds, bits = ([float(curve[i][-1]) for curve in seeds] for i in (0, 1))
         print(f"{f'{side}, {m:g} minutes':24} {spread(seconds, 1):26} {spread(bits)}")
-    target = mean(float(bits[-1]) for _, bits in curves["dense", args.minutes])
+    time, target = np.mean([curve[:, -1] for curve in curves["dense", minutes]], axis=0).tolist()
     for (side, m), seeds in curves.items():
         if side == "sparse":
             reached = [x for curve in seeds if (x := first_below(target, *curve)) is not None]
             text = f"{len(reached)} of {len(seeds)} seeds reach dense's {target:.3f}"
-            text += f", after {spread(reached, 1)} seconds" if reached else ""
+            if reached:
+                text += f", after {spread(reached, 1)} seconds, {mean(reached) / time:.2f} of its"
             print(f"sparse, {m:g} minutes: {text}")
-    draw(curves, target, unit, args.out / "results.png")
+    draw(curves, target, unit, path)
 
 
 def first_below(target: float, seconds, bits) -> float | None:
@@ -203,12 +202,11 @@ def draw(curves: dict, target: float, unit: str, path: Path) -> None:
         for seconds, b in seeds:
             axes.plot(seconds[-1], b[-1], "o*"[side == "sparse"], color=colour, markersize=7)
     axes.axhline(target, color=COLOURS[0], linewidth=0.8, linestyle="--")
-    ends, starts = ([b[i] for s in curves.values() for _, b in s] for i in (-1, 0))
-    span = min(max(starts), 2.5 * max(ends)) - min(ends)
-    axes.set_ylim(min(ends) - 0.1 * span, min(ends) + 1.05 * span)
-    n = len(next(iter(curves.values())))
+    late = np.concatenate([b[s > s[-1] / 5] for seeds in curves.values() for s, b in seeds])
+    low, high = late.min(), late.max()
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.3 * (high - low))  # room for the legend
     axes.set(xlabel="seconds of training", ylabel=unit)
-    axes.legend(frameon=False, title=f"mean (lowest to highest) of {n} seeds at the end")
+    axes.legend(frameon=False, title=f"mean (lowest to highest) of {len(bits)} seeds, at the end")
     save(figure, path, f"{unit}, against seconds: {'; '.join(str(k) for k in curves)}")
     print(f"picture    {path}")
 
