@@ -1,7 +1,7 @@
 """Makes the tables and pictures of the README again, by running train.py as anybody would.
 
     python tests/results.py                                lists them, and how long each takes
-    python tests/results.py facts --minutes 2 --seeds 5
+    python tests/results.py facts --minutes 3 --seeds 5
 
 A flag that isn't one of --help is for train.py: --device, --data, --dim ... Runs are kept in
 runs/NAME, and one that is complete is not run again: a series that was stopped goes on with the
