@@ -370,7 +370,7 @@ def train(run: Run, stop: list) -> None:
         row = meter.row() if evaluating or saving or logging or stopping else {}
         done["seconds"] += time.perf_counter() - started
         if evaluating:
-            score = evaluate(run.model, run.data, settings, run.data.source_of_byte)
+            score = evaluate(run.model, run.data, settings, log.labels)
             row |= columns_of_score(score, run.data)
         if not all(map(math.isfinite, row.values())):
             raise messages.not_finite(step, run)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,23 @@ from data import datasets
 datasets.CACHE, sys.argv = Path(cache), [script, *arguments]
 runpy.run_path(script, run_name="__main__")
 """
+# results.py starts train.py many times: here in one process, with little to draw and to score.
+HERE = """
+import functools, subprocess, types
+from data import facts, stories
+for corpus in (facts, stories):
+    corpus.write = functools.partial(corpus.write, val_bytes=2_000)
+start = subprocess.Popen
+def here(command, *more, **options):
+    if not command[1].endswith("train.py"):
+        return start(command, *more, **options)
+    arguments, sys.argv, sys.modules["matplotlib"] = sys.argv, command[1:], None
+    runpy.run_path(command[1], run_name="__main__")
+    del sys.modules["matplotlib"]
+    sys.argv = arguments
+    return types.SimpleNamespace(wait=lambda: 0)
+subprocess.Popen = here
+"""
 
 
 @pytest.fixture
@@ -32,13 +50,16 @@ def printed(cache, tmp_path):
     """A function that starts a script in a folder with a text, and returns what it prints."""
     (tmp_path / "book.txt").write_text(make_text(20_000), encoding="utf-8")
 
-    def start(script, *arguments):
-        command = [sys.executable, "-c", START, cache, TESTS / script, *map(str, arguments)]
+    def start(script, *arguments, code=0):
+        program = START
+        if script == "results.py":
+            program = START.replace("runpy.run_path", HERE + "runpy.run_path")
+        command = [sys.executable, "-c", program, cache, TESTS / script, *map(str, arguments)]
         result = subprocess.run(
             command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
         )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+        assert result.returncode == code, result.stderr
+        return result.stderr if code else result.stdout
 
     return start
 
@@ -121,14 +142,52 @@ def test_each_campaign_of_torture_comes_to_its_end(campaign, n, printed):
     assert text.splitlines()[-1].startswith(f"{campaign}: "), text
 
 
-@pytest.mark.parametrize("case", ["sparse", "facts"])
-def test_results_compares_models_at_equal_time(printed, case, tmp_path):
-    """With a model of a hundredth of a second: the flags after ours win, but for the experts."""
-    text = ["--data", "book.txt"] if case == "sparse" else []
-    tiny = "--dim 16 --n_heads 1 --n_kv_heads 1 --n_layers 1 --seq_len 32 --vocab_size 300"
-    tiny += " --batch_size 2 --draw_mb 1 --minutes 0.003 --device cpu"
-    table = printed("results.py", case, *text, *tiny.split()).split("seed  seconds")[1]
-    rows = [line.split() for line in table.splitlines()[1 : 4 if case == "sparse" else 3]]
-    assert [row[0] for row in rows] == ["dense,", "sparse,", "sparse,"][: len(rows)]
-    assert all(0 < float(row[-2]) and 0.1 < float(row[-1]) < 8 for row in rows)
-    assert len(list((tmp_path / "runs" / case).glob("*/log.csv"))) == 2 + len(rows)
+# A model of a hundredth of a second; of two equal flags the last one wins.
+TINY = "--dim 16 --n_heads 1 --n_kv_heads 1 --n_layers 1 --seq_len 32 --batch_size 2 --draw_mb 1"
+TINY += " --vocab_size 300 --device cpu"
+TIMED = f"--minutes 0.003 --speed_steps 10 --sparse=--hidden_dim=8 {TINY}".split()
+
+
+def test_results_compares_models_at_equal_time(printed):
+    minutes = ["--seeds", 1, "--sparse_minutes", 0.003, 0.002]
+    text = printed("results.py", "sparse", *TIMED, "--data", "book.txt", *minutes)
+    rows = [line.split() for line in text.split("seconds  ")[1].splitlines()[1:4]]
+    names = [["dense,", "0.003"], ["sparse,", "0.003"], ["sparse,", "0.002"]]
+    assert [row[:2] for row in rows] == names
+    assert all(0 < float(seconds) and 0.1 < float(bits) < 8 for *_, seconds, bits in rows)
+    assert text.count("seeds reach dense's") == 2 and "\npicture " in text
+
+
+def test_results_of_a_series_are_made_by_several_processes_and_nothing_twice(printed, tmp_path):
+    for flags in (["--only", 1], ["--seeds", 2]):
+        text = printed("results.py", "facts", *TIMED, *flags)
+        assert text.count("$ python train.py") == 4
+    means = re.findall(r"minutes .* ([\d.]+) \(([\d.]+) to ([\d.]+)\)\n", text)
+    assert len(means) == 2 and all(low < mean < high for mean, low, high in means)
+    for run in (tmp_path / "runs/facts").glob("dense-*-minutes-*/log.csv"):
+        last = run.read_text().splitlines()[-1].split(",")
+        assert any(float(last[-1]) == pytest.approx(float(end), abs=1e-3) for end in means[0][1:])
+    text = printed("results.py", "facts", *TIMED, "--only", 0, "--lr", 1, code=2)
+    assert text.startswith("error: runs/facts/speed-dense-0 is from another command")
+
+
+def test_results_prints_the_table_of_the_readme(printed):
+    flags = ["--data", "book.txt", "--seeds", 1, "--rounds", 1, "--steps", 2, *TINY.split()]
+    rows = printed("results.py", "routers", *flags).splitlines()[-9:]
+    readme = (TESTS.parent / "README.md").read_text(encoding="utf-8").splitlines()
+    at = readme.index(rows[0].replace("book", "tinyshakespeare"))
+    for row, there in zip(rows[1:], readme[at + 1 : at + 9], strict=True):
+        assert row.split(" | ")[0] == there.split(" | ")[0].replace(" (dense)", "")
+    table = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[2:]]
+    assert [row[3] for row in table].count("") == [row[5] for row in table].count("") == 1
+    assert all(float(row[i]) > 0 for row in table[1:] for i in range(1, 6))
+
+
+def test_results_has_the_default_run(printed):
+    text = printed("results.py", "default", "--steps", 2, *TINY.split())
+    assert re.search(r"seed 0: [\d.]+ bits per byte, [\d.]+% above the floor; a recalled", text)
+
+
+def test_results_lists_its_cases_and_calls_bench_for_the_speed(printed):
+    assert {"default", "sparse", "speed", "routers", "facts"} <= {*printed("results.py").split()}
+    assert "64 of 192, top 7 + 1" in printed("results.py", "speed", "--smallest")

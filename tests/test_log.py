@@ -89,6 +89,16 @@ def test_a_source_without_validation_text_has_no_column():
     assert log.columns_of_score(score, data) == columns
 
 
+def test_the_log_of_a_drawn_corpus_has_what_a_fact_costs(capsys):
+    assert start("run", "--steps 4 --draw_mb 1 --eval_every 2", data="facts") == 0
+    scored = [row for row in rows_of("run/log.csv") if row["val_loss"]]
+    best = min(scored, key=lambda row: float(row["val_bits_per_byte"]))
+    (told,) = re.findall(
+        r"a name or thing to be recalled costs (\S+) bits", capsys.readouterr().out
+    )
+    assert len(scored) == 2 and told == f"{float(best['val_recall_bits']):.3f}"
+
+
 def test_facts_mixed_with_a_book_are_scored_apart_beside_their_floor(capsys):
     flags = ["--steps 2 --draw_mb 1"]
     assert start("run", *flags, data="facts,text.txt") == 0

@@ -95,12 +95,14 @@ class Log:
     def __init__(self, run):
         self.run, self.usual_loss, self.before = run, None, dict(run.done)
         self.best_speed = 0.0  # [tokens per second]
+        self.labels = labels_of_bytes(run.data)
         self.flops_per_token = lamoe.flops_per_token(run.model)
         if ranks.RANK == 0:
             names, step = run.data.corpus.sources, run.done["step"]
             sources = [f"val_bpb_{name}" for name in names if len(names) > 1]
+            recall = ["val_recall_bits"] if run.data.corpus.floor else []
             experts = [str(e) for e in range(run.model.config.n_experts)]
-            self.rows = Table(run.folder / "log.csv", step, COLUMNS + sources)
+            self.rows = Table(run.folder / "log.csv", step, COLUMNS + recall + sources)
             self.loads = Table(run.folder / "load.csv", step, ["step", "layer", *experts])
             settings = {**asdict(run.settings), **asdict(run.model.config)}
             write_text(run.folder / "config.json", json.dumps(settings, indent=1) + "\n")
@@ -173,7 +175,20 @@ def warn_of_slowness(speed: float, best: float, run) -> float:
 def columns_of_score(score, data) -> dict:
     """What an evaluation adds to a row."""
     row = {"val_loss": score.loss, "val_bits_per_byte": score.bits_per_byte}
+    if data.corpus.floor:
+        row["val_recall_bits"] = recall_bits(score, data.corpus)
     return row | {f"val_bpb_{name}": bits for name, bits in by_source(score, data).items()}
+
+
+def labels_of_bytes(data):
+    """What `evaluate` tells apart: the kinds of a drawn corpus, else the sources of a mixture."""
+    return data.source_of_byte if data.corpus.kind_of_byte is None else data.corpus.kind_of_byte
+
+
+def recall_bits(score, corpus) -> float:
+    """What a name or thing to be recalled costs, or a fact: the mean over a drawn corpus [bits]."""
+    mentions = np.count_nonzero(np.diff((corpus.kind_of_byte == 2).astype(int)) == 1)
+    return float(score.bits_of_label[2] / mentions)  # 2: "recall", see datasets.KINDS
 
 
 def by_source(score, data) -> dict:

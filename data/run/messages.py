@@ -9,7 +9,7 @@ import torch
 import lamoe
 from data.run import ranks
 from data.run.checkpoint import build, read
-from data.run.log import by_source, print_line, read_rows
+from data.run.log import by_source, labels_of_bytes, print_line, read_rows, recall_bits
 from data.run.pictures import bits_per_byte, draw, sparkline
 
 
@@ -72,8 +72,7 @@ def summarize(run, evaluate) -> None:
     folder, data, settings = run.folder, run.data, run.settings
     model, _ = build(read(folder / "best.pt"), folder / "best.pt")
     model = model.to(settings.device).eval()
-    labels = data.source_of_byte if data.corpus.kind_of_byte is None else data.corpus.kind_of_byte
-    score = evaluate(model, data, settings, labels, alone=True)
+    score = evaluate(model, data, settings, labels_of_bytes(data), alone=True)
     last = len(data.val_ids) - 1
     edges = np.append(np.arange(0, last, model.config.seq_len), last)
     cut = data._replace(spans=np.stack([edges[:-1], edges[1:]], axis=1))
@@ -119,8 +118,7 @@ def print_floor(score, corpus) -> None:
         f"floor      {corpus.floor:.4f}: {above:.2f}% above it, of which choices {choice:.2f}, "
         f"recall {recall:.2f}, the rest {rest:.2f}"
     )
-    mentions = np.count_nonzero(np.diff((corpus.kind_of_byte == 2).astype(int)) == 1)
-    bits = score.bits_of_label[2] / mentions
+    bits = recall_bits(score, corpus)
     print_line(f"           a name or thing to be recalled costs {bits:.3f} bits")
 
 
