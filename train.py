@@ -215,8 +215,7 @@ def evaluate(model, data, settings: TrainConfig, labels=None, alone: bool = Fals
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal [2]: no direction of a matrix is learned slowly.
 
-    torch's Muon goes matrix by matrix; here those of one shape are a batch, and a stack of experts
-    is one already. `move` is a function of lists, which machine.recorded compiles.
+    torch's goes matrix by matrix; here those of one shape are a batch, as a stack of experts is.
     """
 
     def __init__(self, matrices, lr: float, weight_decay: float, momentum: float = 0.95):
@@ -226,18 +225,16 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            batches = {}
+            batches, keep = {}, 1 - group["lr"] * group["weight_decay"]
             for weight in (weight for weight in group["params"] if weight.grad is not None):
                 if not (state := self.state[weight]):
                     state["momentum"] = torch.zeros_like(weight)
                 # A shard of a stack is some experts, each of them whole: see ranks.is_sharded.
                 parts = [ranks.local(part) for part in (weight, weight.grad, state["momentum"])]
-                key = weight.shape if weight.dim() == 2 else weight
-                batches.setdefault(key, []).append(parts)
+                batches.setdefault(weight.shape if weight.dim() == 2 else weight, []).append(parts)
             for parts in batches.values():
                 *_, rows, columns = parts[0][0].shape
                 rate = group["lr"] * max(1, rows / columns) ** 0.5
-                keep = 1 - group["lr"] * group["weight_decay"]
                 self.move(*zip(*parts, strict=True), self.share, group["momentum"], rate, keep)
 
 
@@ -254,26 +251,24 @@ def move(weights, grads, momenta, share, momentum: float, rate, keep) -> None:
         weight.copy_(weight * keep - rate * step)
 
 
-# Each (a, b, c) brings singular values together, s -> a s + b s^3 + c s^5: five times the same [2],
-# or three, each the best for what those before it leave of [0.004, 1] [4, algorithm 1]. These learn
-# as much on text on a GPU, where steps are dear; the last is scaled so that rates mean the same.
+# s -> a s + b s^3 + c s^5 brings singular values s together: five times the same (a, b, c) [2], or
+# three, each the best for what those before leave of [0.004, 1] [4, algorithm 1]: as good on a GPU,
+# where steps are dear, on text. The last is scaled so that rates mean the same.
 FIVE = 5 * ((3.4445, -4.7750, 2.0315),)
 THREE = ((8.1044, -22.621, 16.2588), (3.9172, -2.8251, 0.5247), (2.5086, -1.8812, 0.3842))
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
     """U V^T, nearly, of each matrix U S V^T of a batch: singular values within 0.3 to 1.2, by
-    products alone. x is divided by the root of |x x^T|, which no singular value exceeds; that norm
-    is taken of x x^T over its largest number, lest fourth powers leave the range of fp32."""
+    products alone. x is divided by the root of |x x^T|, which no singular value exceeds."""
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     for i, (a, b, c) in enumerate(THREE if x.is_cuda else FIVE):
         gram, root = x @ x.mT, 1.0
-        if i == 0:  # the division of x itself is left to the product below
-            most = gram.diagonal(dim1=-2, dim2=-1).float().amax(-1)[..., None, None]
-            most = most.clamp(min=1e-37)
-            norm = (gram / most).norm(dim=(-2, -1), keepdim=True).clamp(min=1)
-            gram, root = (gram / (most * norm)).to(x.dtype), (most * norm).rsqrt()
+        if i == 0:  # over its largest number first: fourth powers leave the range of fp32
+            most = gram.diagonal(0, -2, -1).float().amax(-1)[..., None, None].clamp(min=1e-37)
+            size = most * (gram / most).norm(dim=(-2, -1), keepdim=True).clamp(min=1)
+            gram, root = (gram / size).to(x.dtype), size.rsqrt()  # root: for the product below
         eye = torch.eye(gram.shape[-1], device=x.device)
         x = (root * (a * eye + b * gram + c * (gram @ gram))).to(x.dtype) @ x
     return x.mT if tall else x
@@ -346,8 +341,7 @@ def train(run: Run, stop: list) -> None:
             meter.add(out)
             loads.append(out.load)
         ranks.average_unsharded(run.parallel)
-        muon, *_ = run.optimizers
-        meter.add_norm(ranks.clip_gradients(run.parallel.parameters(), settings.clip, muon))
+        meter.add_norm(ranks.clip_gradients(run.parallel, settings.clip, run.optimizers[0]))
         if settings.device == "cpu" and not meter.is_finite():
             raise messages.not_finite(done["step"] + 1, run)
         for optimizer in run.optimizers:

@@ -124,8 +124,7 @@ def stepper(model, parallel, batch: int, settings=SETTINGS):
         load_LE = out.load
         del out
         ranks.average_unsharded(parallel)
-        muon, *_ = optimizers
-        meter.add_norm(ranks.clip_gradients(parallel.parameters(), settings.clip, muon))
+        meter.add_norm(ranks.clip_gradients(parallel, settings.clip, optimizers[0]))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

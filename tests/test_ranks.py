@@ -15,7 +15,7 @@ from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
 
 import train
 from data import exchange
-from data.run import checkpoint
+from data.run import checkpoint, ranks
 
 ROOT = Path(__file__).parents[1]
 CASES = {  # flags beyond the common ones
@@ -187,6 +187,29 @@ def test_muon_takes_each_expert_of_a_stack_as_a_matrix_of_its_own():
     train.Muon([stack], lr=0.02, weight_decay=0.1).step()
     train.Muon(alone, lr=0.02, weight_decay=0.1).step()
     assert torch.allclose(stack, torch.stack(alone), atol=1e-6)
+
+
+@pytest.mark.parametrize("most", [0.5, 100.0])
+def test_clipping_that_muon_does_itself_equals_torchs(most):
+    """Muon's weights, and the gradients of the others, after a clipping that acts and one that
+    doesn't."""
+    torch.manual_seed(0)
+    models = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    muons = [train.Muon([layer.weight for layer in model], 0.02, 0.1) for model in models]
+    for _ in range(3):
+        grads = [torch.randn_like(p) for p in models[0].parameters()]
+        for model in models:
+            for p, grad in zip(model.parameters(), grads, strict=True):
+                p.grad = grad.clone()
+        norm = ranks.clip_gradients(models[0], most, muons[0])
+        expected = torch.nn.utils.clip_grad_norm_(models[1].parameters(), most)
+        assert torch.allclose(norm, expected)
+        for muon in muons:
+            muon.step()
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert torch.allclose(models[0][0].bias.grad, models[1][0].bias.grad, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 24), (3, 24, 16), (1, 64, 64)])

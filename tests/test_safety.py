@@ -258,14 +258,14 @@ def test_a_gradient_that_is_not_finite_moves_no_weight(value, workplace, capsys)
     """Of one embedding in one step: the loss stays finite, the norm of the next step too."""
     kept = {}
 
-    def spoil(parameters, most, muon, clip=ranks.clip_gradients):
-        parameters = list(parameters)
+    def spoil(parallel, most, muon, clip=ranks.clip_gradients):
+        parameters = list(parallel.parameters())
         spoil.calls += 1
         if spoil.calls == 7:
             kept["before"] = [p.detach().clone() for p in parameters]
             kept["now"] = parameters
             parameters[0].grad[-1] = value
-        return clip(parameters, most, muon)
+        return clip(parallel, most, muon)
 
     spoil.calls = 0
     with mock.patch.object(ranks, "clip_gradients", spoil):

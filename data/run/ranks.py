@@ -127,20 +127,18 @@ def average_unsharded(parallel) -> None:
     torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
 
 
-def clip_gradients(parameters, most: float, muon=None) -> torch.Tensor:
+def clip_gradients(parallel, most: float, muon) -> torch.Tensor:
     """Scales gradients down to a norm of at most `most`; returns the norm before, of all shards.
 
-    Those of muon it leaves to muon, which is told the share that is left, and saves a pass.
+    Those of muon are only told their share: its own first pass scales them.
     """
-    parameters = [p for p in parameters if p.grad is not None]
+    parameters = [p for p in parallel.parameters() if p.grad is not None]
     parts = [[p for p in parameters if is_shard(p) == of_shards] for of_shards in (False, True)]
     norms = [torch.nn.utils.get_total_norm([p.grad for p in part]) for part in parts if part]
     norms = [norm.full_tensor() if is_shard(norm) else norm for norm in norms]
     total = torch.linalg.vector_norm(torch.stack(norms))
-    of_muon = set()
-    if muon:
-        muon.share = (most / (total + 1e-6)).clamp(max=1.0)
-        of_muon = {p for group in muon.param_groups for p in group["params"]}
+    muon.share = (most / (total + 1e-6)).clamp(max=1.0)
+    of_muon = {p for group in muon.param_groups for p in group["params"]}
     for part in parts:
         if others := [p for p in part if p not in of_muon]:
             torch.nn.utils.clip_grads_with_norm_(others, most, total)
