@@ -206,7 +206,8 @@ def draw(curves: dict, target: float, unit: str, path: Path) -> None:
     low, high = late.min(), late.max()
     axes.set_ylim(low - 0.1 * (high - low), high + 0.3 * (high - low))  # room for the legend
     axes.set(xlabel="seconds of training", ylabel=unit)
-    axes.legend(frameon=False, title=f"mean (lowest to highest) of {len(bits)} seeds, at the end")
+    title = f"mean (lowest to highest) of {len(bits)} seeds" if len(bits) > 1 else "one seed"
+    axes.legend(frameon=False, title=f"{title}, at the end")
     save(figure, path, f"{unit}, against seconds: {'; '.join(str(k) for k in curves)}")
     print(f"picture    {path}")
 
