@@ -845,7 +845,7 @@ def command_line(rng) -> tuple[str, list[str]]:
     return program, words
 
 
-def fuzz_commands(folder: Path, n: int, rng, seconds: int = 30) -> dict[int, int]:
+def fuzz_commands(folder: Path, n: int, rng, seconds: int = 60) -> dict[int, int]:
     """Exit codes of n command lines, run in a good folder: 0, 2 or 130 and never a traceback.
 
     Whatever training begins is stopped after its first step.
