@@ -41,8 +41,9 @@ CASES = {
 
 
 def log_of(run: Path) -> list[dict]:
+    """The rows of training: all but that of step 0."""
     with open(run / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
+        return list(csv.DictReader(file))[1:]
 
 
 def train(run: Path, flags: list[str], steps: int) -> list[dict]:

@@ -43,6 +43,15 @@ TEXTS = (
     (math.inf, {"vocab_size": 8192, "seq_len": 512, "lr": 4e-3, "weight_decay": 0.1}),
 )
 
+# What fields of TrainConfig may be: from, to; and one of.
+MOST = 2**63 - 1
+RANGES = dict.fromkeys(("eval_every", "save_every", "seed", "draw_mb"), (0, MOST))
+RANGES |= dict.fromkeys(("steps", "batch_size", "grad_accum", "log_every"), (1, MOST))
+RANGES |= dict.fromkeys(("lr", "muon_lr", "weight_decay"), (0, math.inf))
+RANGES |= {"warmup": (0, 1), "decay": (0, 1), "clip": (1e-12, math.inf)}
+CHOICES = {"tokenizer": ("bpe", "chars", "bytes"), "dtype": ("auto", "bf16", "fp32")}
+CHOICES |= {"track": ("", "mlflow")}
+
 # Where a run happens, not what it trains: free to differ on a resume.
 PLACES = {"out", "data", "device", "compile", "fsdp"}
 # Fields of lamoe.Config on which no weight depends: free to differ from the model of --init.
@@ -105,6 +114,8 @@ def resolve_config(train_config, flags: dict, corpus, init=None, tokenizer=None)
         cls(**{f.name: chosen[f.name] for f in dataclasses.fields(cls) if f.name in chosen})
         for cls in (train_config, lamoe.Config)
     )
+    if settings.freeze_router and config.n_experts == 1:
+        raise ValueError("--freeze_router: a dense model has no router; leave it out")
     settings.dtype = machine.pick_dtype(settings.dtype, device)
     machine.check_memory(config)
     return settings, config
@@ -164,9 +175,10 @@ def fields_of_experts(init: lamoe.Config, flags: dict) -> dict:
     return fields
 
 
-def resumed_config(train_config, flags: dict, saved: dict):
+def resumed_config(train_config, schedule, flags: dict, saved: dict):
     """(TrainConfig, lamoe.Config) of a run that goes on: as saved, but for its PLACES and for more
-    steps. ValueError for another flag that differs from what the run began with.
+    steps, of which as many as before are a rise. ValueError for another flag that differs from what
+    the run began with.
     """
     settings, config = train_config(**saved["train_config"]), lamoe.Config(**saved["config"])
     known = {**dataclasses.asdict(config), **dataclasses.asdict(settings), **saved["given"]}
@@ -178,14 +190,17 @@ def resumed_config(train_config, flags: dict, saved: dict):
                 f"--{name} {value} differs from the run's {known[name]}; leave it out to "
                 f"resume, or start a new run with another --out"
             )
-    if steps > settings.steps:
-        share = min(1.0, (steps - done) / steps)
-        print_line(
-            f"longer     {settings.steps} steps become {steps}: from step {done} on, rates go up "
-            f"to about {share:.0%} of the highest again, and from there to zero"
-        )
     device = pick_device(flags.get("device", settings.device))
     compiles = flags.get("compile", settings.compile and device == "cuda")
     places = {"device": device, "compile": compiles, "fsdp": flags.get("fsdp", False)}
     places["data"] = flags.get("data", settings.data)  # the same text: see storage.check_text
-    return dataclasses.replace(settings, **places, steps=steps), config
+    if steps > settings.steps:
+        warmup = settings.warmup * settings.steps / steps
+        longer = dataclasses.replace(settings, steps=steps, warmup=warmup)
+        before, now = (schedule(done, of) for of in (settings, longer))
+        print_line(
+            f"longer     {settings.steps} steps become {steps}: at step {done} rates were "
+            f"{before:.0%} of the highest; they are {now:.0%} now and fall to zero at the end"
+        )
+        settings = longer
+    return dataclasses.replace(settings, **places), config
