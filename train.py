@@ -165,7 +165,7 @@ class Score(typing.NamedTuple):
     bits_of_label: np.ndarray | None  # total bits of the bytes with each label
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP would keep its tensors for training
 def evaluate(model, data, settings: TrainConfig, labels=None, alone: bool = False) -> Score:
     """Scores every token of data.val_ids but the first, each once, in the window of its span.
 
