@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import math
 import os
 import re
@@ -100,7 +101,7 @@ def state_of(file):
         (12, "--grad_accum 2"),
         (10, "--dtype bf16"),
         (10, "--n_experts 1"),
-        (10, "--muon_ffn"),
+        (10, "--no-muon_ffn"),
         (10, "--tokenizer bpe --vocab_size 280"),
         *((10, f"--router {router} --top_k 1") for router in ROUTERS if router != "topk"),
     ],
@@ -419,14 +420,14 @@ def test_fine_tuning_tells_where_it_begins(capsys):
 
 
 def test_rates_of_fine_tuning_fall_with_the_size_of_the_model():
-    fresh = {"lr": 4e-3, "muon_lr": 0.04}
+    fresh = presets.SMALL_RATES
 
     def rates(n):
         model = mock.Mock(parameters=lambda: [mock.Mock(numel=lambda: n)])
-        return presets.tuning_rates(fresh, model)
+        return presets.tuning_rates(model)
 
     assert rates(10_000) == rates(2_000_000) == {**fresh, "muon_ffn": False}
-    assert rates(10**9) == {"lr": 9.6e-5, "muon_lr": 9.6e-4, "muon_ffn": False}
+    assert rates(10**9) == {"lr": 9.6e-5, "muon_lr": 4.8e-4, "muon_ffn": False}
     assert fresh["lr"] > rates(10**7)["lr"] > rates(10**8)["lr"] > rates(10**9)["lr"]
 
 
@@ -725,7 +726,7 @@ def test_a_frozen_router_stays_as_it_is_and_the_rest_learns(router, capsys):
     for out, stop in (("straight", 99), ("resumed", 7)):
         with at_training_step(stop, press_ctrl_c):
             call(train, "--data", "text.txt", "--out", out, *init)
-    assert "routers stay as they are" in capsys.readouterr().out
+    assert "routers frozen" in capsys.readouterr().out
     assert resume("resumed") == 0
     before = checkpoint.read("first/last.pt")["model"]
     straight, resumed = (checkpoint.read(f"{run}/last.pt") for run in ("straight", "resumed"))
@@ -779,6 +780,48 @@ def test_presets_name_only_fields_and_an_explicit_flag_wins():
     assert preset["config"]["qk_norm"] and not explicit["config"]["qk_norm"]
     assert explicit["config"]["tie_embeddings"]
     assert preset["train_config"]["preset"] == "laptop"
+
+
+SIZES = st.floats(4, 10).map(lambda x: 10**x)  # from ten kilobytes to ten gigabytes
+
+
+@given(SIZES, st.sampled_from([64, 128, 512]), st.sampled_from([2, 16, 128]), st.booleans())
+def test_the_recipe_has_no_steps_but_those_of_rounding(size, dim, batch_size, muon_ffn):
+    """A text 5% larger has the same settings but for one notch; a context is doubled, then."""
+    given = {"dim": dim, "batch_size": batch_size, "muon_ffn": muon_ffn, "seq_len": 256}
+    one, more = (presets.recipe(n, given) for n in (size, 1.05 * size))
+    assert 0 <= more["vocab_size"] - one["vocab_size"] <= 256 and one["vocab_size"] % 256 == 0
+    assert one["seq_len"] in (64, 128, 256, 512)
+    assert more["seq_len"] in (one["seq_len"], 2 * one["seq_len"])
+    assert 1.11 > one["weight_decay"] / more["weight_decay"] >= 1
+    same = ("lr", "muon_lr", "muon_ffn")
+    assert [one[name] for name in same] == [more[name] for name in same]
+
+
+def test_the_recipe_where_it_was_measured():
+    bbc = {"vocab_size": 4096, "seq_len": 256, "weight_decay": 0.3, "lr": 0.02}
+    assert presets.recipe(4_301_984, {}) == bbc | {"muon_lr": 0.04, "muon_ffn": True}
+    model = presets.recipe(10**8, presets.GPU_TEXT)
+    assert (model["vocab_size"], model["seq_len"], model["lr"]) == (8192, 512, 0.005)
+    gentle = presets.recipe(10**6, {"muon_ffn": False})
+    assert (gentle["lr"], gentle["muon_lr"]) == (0.004, 0.02)
+    # Twice the windows of a step: twice the share of the text, which is what decay goes by.
+    assert presets.recipe(4_301_984, {"batch_size": 32})["weight_decay"] == 0.6
+    assert presets.recipe(4_301_984, {"seq_len": 128})["weight_decay"] == 0.15
+
+
+@pytest.mark.parametrize("data, kind", [("stories", "generated"), ("text.txt,facts", "real")])
+def test_what_was_chosen_and_for_which_text_is_printed_and_kept(data, kind, capsys):
+    flags = words(["--draw_mb 1 --steps 1 --out run --data", data])
+    assert call(train, *TINY, *flags, "--seq_len", 256) == 0
+    line = re.search(
+        rf"recipe     for {kind} text of [\d.]+ MB, read (\S+) times: .*", capsys.readouterr().out
+    )
+    settings = json.loads(Path("run/config.json").read_text())
+    assert f"AdamW {settings['lr']:g}, decay {settings['weight_decay']:g}" in line[0]
+    assert (settings["muon_ffn"], settings["n_layers"]) == (kind == "real", 1)
+    if kind == "generated":
+        assert presets.DRAWN.items() <= {**settings, "vocab_size": 2048}.items()
 
 
 def test_zero_steps_means_as_many_as_the_preset_says(monkeypatch):
@@ -1002,7 +1045,7 @@ def test_zero_is_by_preset_and_the_help_tells_what_a_run_has(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for flag, default in (
         ("qk_norm", "True"),
-        ("seq_len", "by the size of the text"),
+        ("seq_len", "by the text: see data/run/presets.py"),
         ("steps", "850"),
     ):
         assert re.search(

@@ -16,9 +16,9 @@ from data.run.pictures import bits_per_byte, draw, sparkline
 def introduce(run) -> None:
     """The ids, the model, the training and the folder, in a line each."""
     c, settings, data = run.model.config, run.settings, run.data
-    n, starts, size = len(data.batches.ids), data.batches.starts, data.corpus.train.n_bytes
+    n, starts, n_bytes = len(data.batches.ids), data.batches.starts, data.corpus.train.n_bytes
     print_line(
-        f"tokens     {n:,} of a vocabulary of {c.vocab_size:,} ({size / n:.2f} bytes each); "
+        f"tokens     {n:,} of a vocabulary of {c.vocab_size:,} ({n_bytes / n:.2f} bytes each); "
         f"{len(starts):,} windows of {c.seq_len}"
     )
     total, active = lamoe.count_parameters(run.model)["all"]
@@ -41,10 +41,14 @@ def introduce(run) -> None:
         )
         print_line("           router nothing; try --router switch, or --top_k 2")
     on = "attention and experts" if settings.muon_ffn else "attention"
-    frozen = "; routers stay as they are" if settings.freeze_router else ""
+    kind = "real" if data.corpus.floor is None else "generated"
+    times = settings.steps * settings.grad_accum * tokens / n
+    kind = f"{settings.init}, now on {kind}" if settings.init else kind
+    frozen = ", routers frozen" if settings.freeze_router else ""
     print_line(
-        f"recipe     Muon {settings.muon_lr:g} on {on}, AdamW {settings.lr:g} on the rest, weight "
-        f"decay {settings.weight_decay:g}{frozen}"
+        f"recipe     for {kind} text of {n_bytes / 1e6:.1f} MB, read {times:.2g} times: Muon "
+        f"{settings.muon_lr:g} on {on}, AdamW {settings.lr:g}, decay {settings.weight_decay:g}"
+        f"{frozen}"
     )
     files = "log.csv, last.pt, best.pt"
     print_line(f"run        {run.folder}: {files}; Ctrl-C saves, --resume goes on")

@@ -1,7 +1,7 @@
 """Settings: which suit a device, a text, or the fine-tuning of a model; and what a resume keeps.
 
 A setting comes from the command line, else from the model of --init, else from the preset, else
-from the size of the text, else from its default.
+from `recipe`, by the text, else from its default.
 """
 
 import dataclasses
@@ -13,35 +13,53 @@ from data.run.flags import OneLineParser, add_flags, pick_device
 from data.run.log import print_line
 from data.run.routers import router_name
 
-LAPTOP = {"qk_norm": True}
+LAPTOP = {"qk_norm": True, "n_layers": 3}
 GPU = {**LAPTOP, "steps": 1200, "batch_size": 64, "compile": True, "draw_mb": 64}
-# What was ahead of dense on real text (README): small experts, a shared one, Muon on all of them.
+# What was ahead of dense on real text (README): small experts, and a shared one.
 FINE = {"n_experts": 32, "top_k": 2, "n_shared_experts": 1, "hidden_dim": 512}
-FINE |= {"muon_ffn": True, "muon_lr": 0.04, "lr": 4e-3, "weight_decay": 0.1}
-# The preset `gpu` for 100 MB of text and more: five minutes of an H100, 65,536 tokens a step.
-GPU_TEXT = {**FINE, "vocab_size": 8192, "dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8}
-GPU_TEXT |= {"seq_len": 512, "batch_size": 128, "steps": 5000}
+# The preset `gpu` for 100 MB of text and more is another model, which wins there and loses below:
+# five minutes of an H100, 65,536 tokens a step.
+GPU_TEXT = {**FINE, "dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8}
+GPU_TEXT |= {"batch_size": 128, "steps": 5000}
 # 642M parameters, 111M active, for gigabytes of text. 262,144 tokens a step.
 GPU_LARGE = {**GPU, **FINE, "dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4}
 GPU_LARGE |= {"hidden_dim": 640, "seq_len": 1024, "vocab_size": 50304, "tie_embeddings": True}
 GPU_LARGE |= {"batch_size": 16, "grad_accum": 16, "steps": 4000}
 PRESETS = {"laptop": LAPTOP, "gpu": GPU, "gpu-large": GPU_LARGE}
 
-# Articles of a few megabytes. Muon has the experts here, so that `lr` is the rate of embeddings and
-# head alone; without muon_ffn, 4e-3 is better.
-ARTICLES = {"vocab_size": 4096, "seq_len": 256, "n_layers": 3, "lr": 2e-2, "weight_decay": 0.3}
-ARTICLES |= {"muon_lr": 0.04, "muon_ffn": True}
-# (size of the text in bytes, settings for texts below it), each row measured on texts of its size.
-# A small text gets a small vocabulary, because a model must meet a token often to learn it, and a
-# short context, which makes more windows of it. It is read many times over: a high weight decay
-# keeps the model from learning it by heart. The third row is for the embedded corpora. They have
-# few words, a high weight decay harms the recall of names, and with muon_ffn recall comes late.
-TEXTS = (
-    (4e6, {"vocab_size": 2048, "seq_len": 64, "n_layers": 4, "lr": 4e-3, "weight_decay": 0.6}),
-    (6e6, ARTICLES),
-    (1e8, {"vocab_size": 2048, "seq_len": 256, "n_layers": 3, "lr": 8e-3, "weight_decay": 0.1}),
-    (math.inf, {"vocab_size": 8192, "seq_len": 512, "lr": 4e-3, "weight_decay": 0.1}),
-)
+# The recipe of an embedded corpus, whatever its size. It has few words, a high weight decay harms
+# the recall of names, and with muon_ffn recall comes late.
+DRAWN = {"vocab_size": 2048, "seq_len": 256, "lr": 8e-3, "muon_lr": 0.02, "muon_ffn": False}
+DRAWN |= {"weight_decay": 0.1}
+# Rates where Muon has attention alone, and AdamW the experts.
+SMALL_RATES = {"lr": 4e-3, "muon_lr": 0.02}
+BY_RECIPE = dict.fromkeys(DRAWN, "by the text: see data/run/presets.py")
+
+
+def recipe(n_bytes: int, given: dict) -> dict:
+    """Settings for a real text of this size, where `given` has none: smooth in all they depend on.
+
+    A larger text gets a larger vocabulary, because a model must meet a token often to learn it, and
+    a longer context, because windows are what it learns from. Weight decay is the share of the text
+    that a step reads, times a constant: so weights forget over a constant part of an epoch, however
+    often the text is read [Wang & Aitchison 2024, arXiv:2405.13698], and a small one, read many
+    times over, isn't learned by heart. Muon has the experts, too, whose rate suits all sizes;
+    AdamW's, of embeddings and head, falls with the width from 128 on.
+    """
+    size = n_bytes / 4.3e6  # over that of the BBC's articles
+    by_size = {
+        "vocab_size": 256 * round(min(8192, max(512, 4096 * size ** (1 / 3))) / 256),
+        "seq_len": 2 ** round(math.log2(min(512, max(64, 200 * size**0.2)))),
+        "muon_ffn": True,
+    }
+    given = {"batch_size": 16, "grad_accum": 1, "dim": 128, **by_size, **given}
+    tokens = given["batch_size"] * given["grad_accum"] * given["seq_len"]
+    decay = {"weight_decay": float(f"{min(1.0, max(0.1, 0.3 * tokens / 4096 / size)):.2g}")}
+    if not given["muon_ffn"]:
+        return {**by_size, **decay, **SMALL_RATES}
+    rates = {"muon_lr": 0.04, "lr": float(f"{2.56 / max(128, given['dim']):.1g}")}
+    return {**by_size, **decay, **rates}
+
 
 # What fields of TrainConfig may be: from, to; and one of.
 MOST = 2**63 - 1
@@ -69,10 +87,9 @@ def parse(description: str, train_config, arguments: list[str] | None = None) ->
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     plot = "draw the logs of runs into one picture, --out"
     parser.add_argument("--plot", nargs="+", metavar="RUN", help=plot)
-    by_text = {name: "by the size of the text" for _, settings in TEXTS for name in settings}
     for cls in (train_config, lamoe.Config):
         routers = {"router": [*sorted(lamoe.ROUTERS), "FILE.py with one of your own"]}
-        add_flags(parser, cls, LAPTOP | by_text, routers, {"router": router_name})
+        add_flags(parser, cls, LAPTOP | BY_RECIPE, routers, {"router": router_name})
     flags = vars(parser.parse_args(arguments))
     by_preset = [name for name in ("steps", "draw_mb") if flags.get(name) == 0]
     return {name: value for name, value in flags.items() if name not in by_preset}
@@ -101,14 +118,15 @@ def resolve_config(train_config, flags: dict, corpus, init=None, tokenizer=None)
     weights depend on.
     """
     device, preset = pick_preset(flags)
-    by_text = next(settings for limit, settings in TEXTS if corpus.train.n_bytes < limit)
-    is_large = preset == "gpu" and corpus.train.n_bytes >= 1e8
-    chosen = {**by_text, **PRESETS[preset], **(GPU_TEXT if is_large else {}), **flags}
+    n_bytes, is_drawn = corpus.train.n_bytes, corpus.floor is not None
+    is_large = preset == "gpu" and n_bytes >= 1e8 and not is_drawn
+    given = {**PRESETS[preset], **(GPU_TEXT if is_large else {}), **flags}
+    chosen = {**(DRAWN if is_drawn else recipe(n_bytes, given)), **given}
     if init and not tokenizer:
         raise ValueError(f"{flags['init']} has no tokenizer; put the model's tokenizer.json there")
     if init:
         of_model = fields_of_init(init.config, chosen["seq_len"], flags)
-        chosen = {**chosen, **tuning_rates(chosen, init), **of_model, **flags}
+        chosen = {**chosen, **tuning_rates(init), **of_model, **flags}
     chosen |= {"device": device, "preset": preset}
     settings, config = (
         cls(**{f.name: chosen[f.name] for f in dataclasses.fields(cls) if f.name in chosen})
@@ -121,16 +139,15 @@ def resolve_config(train_config, flags: dict, corpus, init=None, tokenizer=None)
     return settings, config
 
 
-def tuning_rates(chosen: dict, init: lamoe.LaMoE) -> dict:
+def tuning_rates(init: lamoe.LaMoE) -> dict:
     """Rates for a model that has learned something: the more weights, the lower, to keep it.
 
-    Those of a fresh run up to 2M parameters, a fortieth of them for 1B. (2.3M from stories to
+    Those of a small fresh run up to 2M parameters, a fortieth of them for 1B. (2.3M from stories to
     Shakespeare, 150 steps: 2.75 bits per byte, and 4.07 with --lr 2e-4 --muon_lr 5e-4.)
     """
     n = sum(weight.numel() for weight in init.parameters())
     share = min(1.0, (2e6 / n) ** 0.6)
-    fresh = {"lr": 8e-3, "muon_lr": 0.02, **chosen}
-    rates = {name: float(f"{share * fresh[name]:.2g}") for name in ("lr", "muon_lr")}
+    rates = {name: float(f"{share * rate:.2g}") for name, rate in SMALL_RATES.items()}
     return {**rates, "muon_ffn": False}
 
 
