@@ -420,7 +420,7 @@ def test_fine_tuning_tells_where_it_begins(capsys):
 
 
 def test_rates_of_fine_tuning_fall_with_the_size_of_the_model():
-    fresh = presets.SMALL_RATES
+    fresh = presets.GENTLE
 
     def rates(n):
         model = mock.Mock(parameters=lambda: [mock.Mock(numel=lambda: n)])
@@ -803,8 +803,13 @@ def test_the_recipe_where_it_was_measured():
     assert presets.recipe(4_301_984, {}) == bbc | {"muon_lr": 0.04, "muon_ffn": True}
     model = presets.recipe(10**8, presets.GPU_TEXT)
     assert (model["vocab_size"], model["seq_len"], model["lr"]) == (8192, 512, 0.005)
-    gentle = presets.recipe(10**6, {"muon_ffn": False})
-    assert (gentle["lr"], gentle["muon_lr"]) == (0.004, 0.02)
+    large = {"lr": 0.008, "muon_lr": 0.02, "muon_ffn": False, "weight_decay": 0.11}
+    assert large.items() <= presets.recipe(11_483_663, {}).items()
+    assert presets.recipe(11_483_663, {"batch_size": 32})["muon_ffn"]
+    defaults = {"dim": lamoe.Config.dim}
+    defaults |= {name: getattr(train.TrainConfig, name) for name in ("batch_size", "grad_accum")}
+    for n in (10**6, 10**7):
+        assert presets.recipe(n, {}) == presets.recipe(n, defaults)
     # Twice the windows of a step: twice the share of the text, which is what decay goes by.
     assert presets.recipe(4_301_984, {"batch_size": 32})["weight_decay"] == 0.6
     assert presets.recipe(4_301_984, {"seq_len": 128})["weight_decay"] == 0.15
@@ -819,7 +824,7 @@ def test_what_was_chosen_and_for_which_text_is_printed_and_kept(data, kind, caps
     )
     settings = json.loads(Path("run/config.json").read_text())
     assert f"AdamW {settings['lr']:g}, decay {settings['weight_decay']:g}" in line[0]
-    assert (settings["muon_ffn"], settings["n_layers"]) == (kind == "real", 1)
+    assert settings["muon_ffn"] == ("attention and experts" in line[0])
     if kind == "generated":
         assert presets.DRAWN.items() <= {**settings, "vocab_size": 2048}.items()
 
@@ -1045,7 +1050,7 @@ def test_zero_is_by_preset_and_the_help_tells_what_a_run_has(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for flag, default in (
         ("qk_norm", "True"),
-        ("seq_len", "by the text: see data/run/presets.py"),
+        ("seq_len", "by the text: see `recipe` in data/run/presets.py"),
         ("steps", "850"),
     ):
         assert re.search(
