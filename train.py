@@ -11,6 +11,7 @@ References
  [2] Muon                       Jordan et al. 2024         kellerjordan.github.io/posts/muon
  [3] Linear decay to zero       Bergsma et al. 2025        arXiv:2502.15938
  [4] Polar Express              Amsel et al. 2025          arXiv:2505.16932
+ [5] Warm-up, plateau, decay    Hägele et al. 2024         arXiv:2405.18392
 """
 
 import dataclasses
@@ -60,6 +61,8 @@ class TrainConfig:
     muon_ffn: bool = False  # Muon trains the experts too, not only attention
     weight_decay: float = 0.1  # share of each matrix that a step takes off, times the rate
     warmup: float = 0.05  # share of the steps in which the rate rises
+    decay: float = 1.0  # share of them, at the end, in which it falls; 1: all that follow the rise
+    freeze_router: bool = False  # routers stay as they are, as suits fine-tuning
     clip: float = 1.0  # largest norm of the gradient
     eval_every: int = 0  # steps between evaluations; 0: a fifth of the run
     save_every: int = 0  # steps between saves of last.pt; 0: with each evaluation
@@ -69,13 +72,7 @@ class TrainConfig:
     track: str = ""  # mlflow: log there too, into ./mlruns or MLFLOW_TRACKING_URI
 
     def __post_init__(self):
-        most = 2**63 - 1
-        ranges = dict.fromkeys(("eval_every", "save_every", "seed", "draw_mb"), (0, most))
-        ranges |= dict.fromkeys(("steps", "batch_size", "grad_accum", "log_every"), (1, most))
-        ranges |= dict.fromkeys(("lr", "muon_lr", "weight_decay"), (0, math.inf))
-        ranges |= {"warmup": (0, 1), "clip": (1e-12, math.inf)}
-        choices = {"tokenizer": ("bpe", "chars", "bytes"), "dtype": ("auto", "bf16", "fp32")}
-        check_fields(self, ranges, choices | {"track": ("", "mlflow")})
+        check_fields(self, presets.RANGES, presets.CHOICES)
         self.eval_every = self.eval_every or max(1, self.steps // 5)
         self.save_every = self.save_every or self.eval_every
 
@@ -148,20 +145,15 @@ class Data(typing.NamedTuple):
 
 def load_data(settings: TrainConfig, config: lamoe.Config, corpus, tokenizer=None) -> Data:
     """Text -> tokenizer, unless there is one -> ids on disk -> windows -> batches."""
-    n_bytes, length = corpus.train.n_bytes, config.seq_len
-    print_line(f"data       {settings.data}: {corpus.how}; {n_bytes / 1e6:.1f} MB to train on")
+    size, length = f"{corpus.train.n_bytes / 1e6:.1f} MB to train on", config.seq_len
+    print_line(f"data       {settings.data}: {corpus.how}; {size}")
     if tokenizer is None:
         tokenizer = tokens.make_tokenizer(settings.tokenizer, config.vocab_size, corpus)
     train_ids, val_ids = tokens.encode_corpus(corpus, tokenizer, length, settings.data)
     first = tokens.first_id(tokenizer)
     batches = Batches(train_ids, first, length, settings.batch_size, settings.seed)
-    print_line(
-        f"tokens     {len(train_ids):,} of a vocabulary of {tokenizer.vocab_size:,} "
-        f"({n_bytes / len(train_ids):.2f} bytes each); {len(batches.starts):,} windows of {length}"
-    )
-    spans = windows(val_ids, first, length)
     sources = tokens.source_of_byte(val_ids, tokenizer, corpus)
-    return Data(tokenizer, batches, corpus, val_ids, spans, sources)
+    return Data(tokenizer, batches, corpus, val_ids, windows(val_ids, first, length), sources)
 
 
 # --- 3. Evaluation: bits per byte, and where they go ----------------------------------------------
@@ -173,7 +165,7 @@ class Score(typing.NamedTuple):
     bits_of_label: np.ndarray | None  # total bits of the bytes with each label
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP would keep its tensors for training
 def evaluate(model, data, settings: TrainConfig, labels=None, alone: bool = False) -> Score:
     """Scores every token of data.val_ids but the first, each once, in the window of its span.
 
@@ -275,11 +267,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 def make_optimizers(model: lamoe.LaMoE, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon [2] on the attention matrices, AdamW [1] on the rest; norms are not decayed.
-
-    muon_ffn gives Muon the experts too: better on every real text, worse on the embedded corpora,
-    where copying is discovered later.
-    """
+    """Muon [2] on attention, with muon_ffn on experts; AdamW [1] on the rest; norms: no decay."""
     matrices, others, routers, vectors = [], [], [], []
     for name, weight in model.named_parameters():
         of_muon = ".attn." in name or config.muon_ffn and ".ffn." in name
@@ -296,9 +284,13 @@ def make_optimizers(model: lamoe.LaMoE, config: TrainConfig) -> list[torch.optim
 
 
 def schedule(step: int, config: TrainConfig) -> float:
-    """The share of the highest rate at a step: a linear rise, then linear to zero [3]."""
+    """The share of the highest rate at a step: a linear rise, then linear to zero [3].
+
+    With decay < 1 there is a plateau between them, from which a run can go on for longer [5].
+    """
     rise = max(1, round(config.warmup * config.steps))
-    return min((step + 1) / rise, (config.steps - step) / max(1, config.steps - rise))
+    fall = max(1, min(round(config.decay * config.steps), config.steps - rise))
+    return min((step + 1) / rise, 1.0, (config.steps - step) / fall)
 
 
 # --- 5. The loop ----------------------------------------------------------------------------------
@@ -347,8 +339,11 @@ def train(run: Run, stop: list) -> None:
         for optimizer in run.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        run.model.update_bias(sum(loads))  # some routers balance the load by a bias
+        if not settings.freeze_router:  # some balance the load by a bias
+            run.model.update_bias(sum(loads))
 
+    if not done["step"]:
+        log.begin(evaluate(run.model, run.data, settings, run.data.source_of_byte))
     take_step = machine.recorded(take_step, run)  # a CUDA graph, where that works
     while done["step"] < settings.steps and not stopping:
         started, step = time.perf_counter(), done["step"]
@@ -360,6 +355,8 @@ def train(run: Run, stop: list) -> None:
             step % every == 0 or step == settings.steps
             for every in (settings.eval_every, settings.save_every, settings.log_every)
         )
+        plateau_ends = settings.decay < 1 == schedule(step, settings) > schedule(step + 1, settings)
+        saving = saving or plateau_ends
         stopping = (logging or ranks.WORLD == 1) and ranks.on_any_rank(bool(stop))
         row = meter.row() if evaluating or saving or logging or stopping else {}
         done["seconds"] += time.perf_counter() - started
@@ -375,7 +372,8 @@ def train(run: Run, stop: list) -> None:
             log.add({"step": step, "lr": schedule(step - 1, settings) * settings.lr, **row})
         if saving or stopping:
             log.flush()  # first: a resume must find all rows up to its checkpoint
-            storage.save_run(run, "last.pt")
+            for name in ["last.pt"] + ["plateau.pt"] * plateau_ends:
+                storage.save_run(run, name)
 
 
 # --- 6. Before the loop, and after it -------------------------------------------------------------
@@ -391,7 +389,7 @@ def set_up(flags: dict, resuming: bool) -> Run:
         how = asked["text_column"], asked["draw_mb"] * 10**6, print_in_place, asked["suffix"]
         corpus = datasets.read(asked["data"], *how)
         if saved:
-            settings, config = presets.resumed_config(TrainConfig, flags, saved)
+            settings, config = presets.resumed_config(TrainConfig, schedule, flags, saved)
             storage.check_text(saved, corpus, settings.data)
             flags, tokenizer = saved["given"], saved["tokenizer"]
         else:
@@ -403,6 +401,8 @@ def set_up(flags: dict, resuming: bool) -> Run:
     model = lamoe.LaMoE(dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size))
     if saved or init:
         model.load_state_dict(saved["model"] if saved else exchange.weights_from(init, model))
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not (settings.freeze_router and ".router." in name))
     parallel = ranks.parallelize(model, settings)
     optimizers, done = make_optimizers(model, settings), dict(storage.NOTHING_DONE)
     parts = model, parallel, optimizers, Meter(model), tracker
@@ -422,7 +422,7 @@ def run_training(flags: dict, resuming: bool) -> None:
         torch.manual_seed(hash((run.settings.seed, ranks.RANK, run.done["step"])))
     else:
         run.lock = storage.claim(run.folder, run.lock, keep_files=run.done["step"] > 0)
-    messages.introduce(run, evaluate)
+    messages.introduce(run)
     machine.keep_freed_memory()
     with machine.out_of_memory_advice(run.settings):
         run.is_compiled = machine.compile_model(run)

@@ -112,7 +112,7 @@ def speed(run: Path, *flags: str, steps: int, **environment: str) -> float:
     """Steps per second, the median of the second half of a short run."""
     every = max(1, steps // 10)
     rows = train(run, *flags, f"--log_every {every} --steps {steps}", **environment)
-    tokens = int(rows[0]["tokens"]) / int(rows[0]["step"])
+    tokens = int(rows[-1]["tokens"]) / int(rows[-1]["step"])
     return median(float(row["tokens_per_s"]) for row in rows[len(rows) // 2 :]) / tokens
 
 
@@ -219,7 +219,8 @@ def routers(args, given: str) -> None:
     """The table "Results": rows of flags, on the stories and on a real text."""
     texts = {"stories (floor 0.386)": "--data stories --steps 600"}
     if args.data:
-        flags = f"--data {shlex.quote(args.data)} --vocab_size 512 --steps 900"
+        flags = f"--data {shlex.quote(args.data)} --vocab_size 512 --seq_len 64 --no-muon_ffn"
+        flags += " --steps 900"
         texts[Path(args.data).stem] = flags
     logs, times = {}, {row: [] for row in ROWS}
     for seed in args.seeds:

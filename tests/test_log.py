@@ -42,9 +42,14 @@ def start(out, *flags, data="text.txt"):
     return call(train, "--data", data, "--out", out, *TINY, *flags)
 
 
-def rows_of(path):
+def all_rows_of(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def rows_of(path):
+    """Those of training: without that of step 0."""
+    return [row for row in all_rows_of(path) if row["step"] != "0"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -234,7 +239,7 @@ def test_plot_averages_seeds_and_names_runs_by_what_differs(pyplot):
         start(run, "--steps 4 --log_every 1 --eval_every 2", flags)
     folders = ["runs/a0", "runs/a1", "runs/b"]
     figure = figure_of(pyplot, lambda: call(train, "--plot", *folders, "--out", "all"))
-    of = [[r for r in rows_of(f"{run}/log.csv") if r["val_loss"]] for run in folders]
+    of = [[r for r in all_rows_of(f"{run}/log.csv") if r["val_loss"]] for run in folders]
     bits = [[float(row["val_bits_per_byte"]) for row in rows] for rows in of]
     lines = [line for line in figure.axes[0].lines if not line.get_label().startswith("_")]
     assert lines[0].get_ydata() == pytest.approx(np.mean(bits[:2], axis=0))
@@ -255,7 +260,7 @@ def test_where_a_floor_is_known_the_picture_is_of_what_is_above_it(pyplot, capsy
     floor = datasets.read("stories", train_bytes=10**6).floor
     axes = figure.axes[0]
     (line,) = [line for line in axes.lines if line.get_label().startswith("validation")]
-    scored = [row for row in rows_of("run/log.csv") if row["val_loss"]]
+    scored = [row for row in all_rows_of("run/log.csv") if row["val_loss"]]
     assert axes.get_yscale() == "log"
     expected = [float(row["val_bits_per_byte"]) - floor for row in scored]
     assert line.get_ydata() == pytest.approx(expected, rel=1e-4)
@@ -299,7 +304,7 @@ def test_plot_lays_runs_over_each_other_by_step_and_by_seconds(pyplot, capsys):
         lines = [line for line in ax.lines if not line.get_label().startswith("_")]
         assert [line.get_label()[:9] for line in lines] == ["lr 0.01: ", "lr 0.001:"]
         for line, run in zip(lines, "ab", strict=True):
-            scored = [row for row in rows_of(f"{run}/log.csv") if row["val_loss"]]
+            scored = [row for row in all_rows_of(f"{run}/log.csv") if row["val_loss"]]
             assert line.get_xdata() == pytest.approx([float(row[column]) for row in scored])
             bits = [float(row["val_bits_per_byte"]) for row in scored]
             assert line.get_ydata() == pytest.approx(bits)
@@ -405,7 +410,7 @@ def test_mlflow_gets_the_configuration_each_row_the_picture_and_the_checkpoint(m
     assert mlflow.runs == [(None, "run")] and mlflow.ended == 1
     assert mlflow.uri == Path("mlruns").resolve().as_uri()
     assert mlflow.artifacts == ["log.csv", "load.csv", "loss.png", "best.pt"]
-    rows = rows_of("run/log.csv")
+    rows = all_rows_of("run/log.csv")
     assert [step for step, _ in mlflow.metrics] == [int(row["step"]) for row in rows]
     for (_, metrics), row in zip(mlflow.metrics, rows, strict=True):
         logged = {name: float(value) for name, value in row.items() if value and name != "step"}
@@ -418,7 +423,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_mlflow(mlflow):
     mlflow.params.clear()
     assert call(train, "--resume", "--out", "run") == 0
     assert mlflow.runs == [(None, "run"), ("id-1", "run")] and mlflow.params == {}
-    assert [step for step, _ in mlflow.metrics] == [1, 2, 3, 4]
+    assert [step for step, _ in mlflow.metrics] == [0, 1, 2, 3, 4]
 
 
 def test_an_address_of_ones_own_is_left_alone(mlflow, monkeypatch):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import math
 import os
 import re
@@ -54,9 +55,14 @@ def resume(out, *flags):
     return call(train, "--resume", "--out", out, *words(flags))
 
 
-def log_of(run):
+def all_of_log(run):
     with open(Path(run) / "log.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def log_of(run):
+    """The rows of training: all but that of step 0."""
+    return all_of_log(run)[1:]
 
 
 def timeless(rows):
@@ -95,7 +101,7 @@ def state_of(file):
         (12, "--grad_accum 2"),
         (10, "--dtype bf16"),
         (10, "--n_experts 1"),
-        (10, "--muon_ffn"),
+        (10, "--no-muon_ffn"),
         (10, "--tokenizer bpe --vocab_size 280"),
         *((10, f"--router {router} --top_k 1") for router in ROUTERS if router != "topk"),
     ],
@@ -354,26 +360,74 @@ def test_a_finished_run_trains_longer_and_its_text_may_have_moved(capsys):
     assert "not the one this run began with" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stop", [6, 99])
+def test_a_run_with_a_plateau_goes_on_from_it_as_if_it_had_been_longer(stop, capsys):
+    """Stopped on the plateau, or after its decay; every weight, moment and row of the log."""
+    flags = "--decay 0.25 --warmup 0 --log_every 1 --eval_every 2 --save_every 99"
+    assert start("straight", flags, "--steps 16") == 0
+    with at_training_step(stop, press_ctrl_c):
+        start("resumed", flags, "--steps 8")
+    best = Path("resumed/best.pt").read_bytes()
+    assert Path("resumed/plateau.pt").exists()
+    capsys.readouterr()
+    assert resume("resumed", "--steps 16") == 0
+    printed = capsys.readouterr().out
+    assert "at step 6 rates were 100% of the highest; they are 100% now" in printed
+    assert timeless(all_of_log("straight")) == timeless(all_of_log("resumed"))
+    own = ("/done/best", "/train_config/", "/given/")
+    for name in ("last.pt", "plateau.pt"):
+        one, other = (state_of(f"{run}/{name}") for run in ("straight", "resumed"))
+        assert one.keys() == other.keys()
+        assert [p for p in one if one[p] != other[p] and not p.startswith(own)] == []
+    assert checkpoint.read("resumed/plateau.pt")["done"]["step"] == 12
+    assert Path("resumed/best.pt").read_bytes() != best  # a better one
+
+
+def test_a_better_model_of_an_earlier_decay_stays_the_best():
+    flags = "--decay 0.5 --warmup 0 --eval_every 4 --lr 0.02"
+    start("run", flags, "--steps 8")
+    best = checkpoint.read("run/best.pt")
+    assert best["done"]["step"] == 8
+    with at_training_step(1, press_ctrl_c):
+        assert resume("run", "--steps 80") == 130
+    last = checkpoint.read("run/last.pt")["done"]
+    assert last["step"] == 5 and last["best"] == best["done"]["best"] and last["best_step"] == 8
+    with at_training_step(1, press_ctrl_c):  # on a plateau, of which plateau.pt is not: from here
+        assert resume("run", "--steps 90") == 130
+    assert checkpoint.read("run/last.pt")["done"]["step"] == 6
+
+
+def test_without_a_plateau_no_checkpoint_is_kept_for_it_and_longer_runs_say_what_rates_do(capsys):
+    start("run", "--steps 4 --warmup 0.5")
+    assert not Path("run/plateau.pt").exists()
+    capsys.readouterr()
+    assert resume("run", "--steps 40") == 0
+    settings = train.TrainConfig(**checkpoint.read("run/last.pt")["train_config"])
+    assert round(settings.warmup * 40) == 2  # steps of the rise, as before
+    assert f"0% of the highest; they are {36 / 38:.0%} now" in capsys.readouterr().out
+
+
 def test_fine_tuning_tells_where_it_begins(capsys):
     assert start("run", "--steps 3") == 0
     scored = float(log_of("run")[-1]["val_bits_per_byte"])
     capsys.readouterr()
     flags = words(["--steps 1 --lr 0 --muon_lr 0 --init run/best.pt --device cpu --dtype fp32"])
     assert call(train, "--data", "text.txt", "--out", "tuned", *flags) == 0
-    (before,) = re.findall(r"before the first step: ([\d.]+) bits", capsys.readouterr().out)
+    (before,) = re.findall(r"start +loss [\d.]+, ([\d.]+) bits/byte", capsys.readouterr().out)
     assert float(before) == pytest.approx(scored, rel=1e-3)
-    assert float(log_of("tuned")[-1]["val_bits_per_byte"]) == pytest.approx(scored, rel=1e-3)
+    for row in all_of_log("tuned"):
+        assert float(row["val_bits_per_byte"]) == pytest.approx(scored, rel=1e-3)
 
 
 def test_rates_of_fine_tuning_fall_with_the_size_of_the_model():
-    fresh = {"lr": 4e-3, "muon_lr": 0.04}
+    fresh = presets.GENTLE
 
     def rates(n):
         model = mock.Mock(parameters=lambda: [mock.Mock(numel=lambda: n)])
-        return presets.tuning_rates(fresh, model)
+        return presets.tuning_rates(model)
 
     assert rates(10_000) == rates(2_000_000) == {**fresh, "muon_ffn": False}
-    assert rates(10**9) == {"lr": 9.6e-5, "muon_lr": 9.6e-4, "muon_ffn": False}
+    assert rates(10**9) == {"lr": 9.6e-5, "muon_lr": 4.8e-4, "muon_ffn": False}
     assert fresh["lr"] > rates(10**7)["lr"] > rates(10**8)["lr"] > rates(10**9)["lr"]
 
 
@@ -597,6 +651,18 @@ def test_the_rate_rises_linearly_then_falls_linearly_to_zero(steps, warmup):
         assert shares[rise:] == pytest.approx(fall)
 
 
+@given(st.integers(1, 300), st.floats(0, 1), st.floats(0, 1))
+def test_with_decay_the_rate_stays_at_the_highest_until_the_last_share(steps, warmup, decay):
+    config = train.TrainConfig(steps=steps, warmup=warmup, decay=decay)
+    rise = max(1, round(warmup * steps))
+    fall = max(1, min(round(decay * steps), steps - rise))
+    shares = [train.schedule(step, config) for step in range(steps + 1)]
+    assert shares[:rise] == pytest.approx([min(1, (step + 1) / rise) for step in range(rise)])
+    assert all(share == 1 for share in shares[rise : steps - fall])
+    if rise < steps:
+        assert shares[steps - fall :] == pytest.approx(np.linspace(1, 0, fall + 1))
+
+
 @pytest.mark.parametrize("n_experts", [1, 4])
 @pytest.mark.parametrize("muon_ffn", [False, True])
 def test_muon_gets_exactly_the_attention_matrices_and_the_experts_if_asked(n_experts, muon_ffn):
@@ -652,6 +718,29 @@ def test_the_bias_of_deepseeks_router_is_updated_once_a_step():
     assert (bias.max() - bias.min()).item() == pytest.approx(0.25, abs=1e-6)
 
 
+@pytest.mark.parametrize("router", [*ROUTERS])
+def test_a_frozen_router_stays_as_it_is_and_the_rest_learns(router, capsys):
+    flags = [f"--router {router} --top_k 1 --bias_rate 0.1", "--freeze_router", CADENCE]
+    start("first", flags[0], "--steps 3")  # a router that has learned something
+    init = words(["--init first/last.pt --device cpu --dtype fp32 --batch_size 4", *flags[1:]])
+    for out, stop in (("straight", 99), ("resumed", 7)):
+        with at_training_step(stop, press_ctrl_c):
+            call(train, "--data", "text.txt", "--out", out, *init)
+    assert "routers frozen" in capsys.readouterr().out
+    assert resume("resumed") == 0
+    before = checkpoint.read("first/last.pt")["model"]
+    straight, resumed = (checkpoint.read(f"{run}/last.pt") for run in ("straight", "resumed"))
+    frozen = {name for name, weight in before.items() if ".router." in name}
+    assert frozen == {n for n in before if torch.equal(before[n], straight["model"][n])}
+    assert all(torch.equal(resumed["model"][n], straight["model"][n]) for n in before)
+
+
+def test_a_dense_model_has_no_router_to_freeze(capsys):
+    assert start("run", "--n_experts 1 --freeze_router") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "leave it out" in message
+
+
 # ---------------------------------------------------------------------------------------------
 # Flags, log, end
 # ---------------------------------------------------------------------------------------------
@@ -693,6 +782,53 @@ def test_presets_name_only_fields_and_an_explicit_flag_wins():
     assert preset["train_config"]["preset"] == "laptop"
 
 
+SIZES = st.floats(4, 10).map(lambda x: 10**x)  # from ten kilobytes to ten gigabytes
+
+
+@given(SIZES, st.sampled_from([64, 128, 512]), st.sampled_from([2, 16, 128]), st.booleans())
+def test_the_recipe_has_no_steps_but_those_of_rounding(size, dim, batch_size, muon_ffn):
+    """A text 5% larger has the same settings but for one notch; a context is doubled, then."""
+    given = {"dim": dim, "batch_size": batch_size, "muon_ffn": muon_ffn, "seq_len": 256}
+    one, more = (presets.recipe(n, given) for n in (size, 1.05 * size))
+    assert 0 <= more["vocab_size"] - one["vocab_size"] <= 256 and one["vocab_size"] % 256 == 0
+    assert one["seq_len"] in (64, 128, 256, 512)
+    assert more["seq_len"] in (one["seq_len"], 2 * one["seq_len"])
+    assert 1.11 > one["weight_decay"] / more["weight_decay"] >= 1
+    same = ("lr", "muon_lr", "muon_ffn")
+    assert [one[name] for name in same] == [more[name] for name in same]
+
+
+def test_the_recipe_where_it_was_measured():
+    bbc = {"vocab_size": 4096, "seq_len": 256, "weight_decay": 0.3, "lr": 0.02}
+    assert presets.recipe(4_301_984, {}) == bbc | {"muon_lr": 0.04, "muon_ffn": True}
+    model = presets.recipe(10**8, presets.GPU_TEXT)
+    assert (model["vocab_size"], model["seq_len"], model["lr"]) == (8192, 512, 0.005)
+    large = {"lr": 0.008, "muon_lr": 0.02, "muon_ffn": False, "weight_decay": 0.11}
+    assert large.items() <= presets.recipe(11_483_663, {}).items()
+    assert presets.recipe(11_483_663, {"batch_size": 32})["muon_ffn"]
+    defaults = {"dim": lamoe.Config.dim}
+    defaults |= {name: getattr(train.TrainConfig, name) for name in ("batch_size", "grad_accum")}
+    for n in (10**6, 10**7):
+        assert presets.recipe(n, {}) == presets.recipe(n, defaults)
+    # Twice the windows of a step: twice the share of the text, which is what decay goes by.
+    assert presets.recipe(4_301_984, {"batch_size": 32})["weight_decay"] == 0.6
+    assert presets.recipe(4_301_984, {"seq_len": 128})["weight_decay"] == 0.15
+
+
+@pytest.mark.parametrize("data, kind", [("stories", "generated"), ("text.txt,facts", "real")])
+def test_what_was_chosen_and_for_which_text_is_printed_and_kept(data, kind, capsys):
+    flags = words(["--draw_mb 1 --steps 1 --out run --data", data])
+    assert call(train, *TINY, *flags, "--seq_len", 256) == 0
+    line = re.search(
+        rf"recipe     for {kind} text of [\d.]+ MB, read (\S+) times: .*", capsys.readouterr().out
+    )
+    settings = json.loads(Path("run/config.json").read_text())
+    assert f"AdamW {settings['lr']:g}, decay {settings['weight_decay']:g}" in line[0]
+    assert settings["muon_ffn"] == ("attention and experts" in line[0])
+    if kind == "generated":
+        assert presets.DRAWN.items() <= {**settings, "vocab_size": 2048}.items()
+
+
 def test_zero_steps_means_as_many_as_the_preset_says(monkeypatch):
     monkeypatch.setitem(presets.PRESETS["laptop"], "steps", 3)
     assert start("run", "--steps 0") == 0
@@ -722,6 +858,18 @@ def test_the_log_has_its_columns_and_they_add_up():
         assert float(row["tokens_per_s"]) > 0 and float(row["aux"]) > 0
     seconds = [float(row["seconds"]) for row in log_of("run")]
     assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+@pytest.mark.parametrize("flags", ["", "--n_experts 1"])
+def test_step_0_is_a_row_of_its_own(flags):
+    start("run", "--steps 4 --eval_every 2", flags)
+    steps = [int(row["step"]) for row in all_of_log("run")]
+    assert steps == [0, 2, 4]
+    row = {name: value for name, value in all_of_log("run")[0].items() if value}
+    assert float(row.pop("val_loss")) == pytest.approx(math.log(257), rel=1e-5)
+    assert 7 < float(row.pop("val_bits_per_byte")) < math.log2(257)  # a separator is one token
+    nothing = dict.fromkeys(("step", "tokens", "flops", "lr", "seconds"), "0")
+    assert row == nothing
 
 
 def test_a_row_is_the_mean_since_the_row_before():
@@ -766,7 +914,7 @@ def test_two_runs_of_the_same_seed_are_equal_and_another_seed_is_not():
 
 
 def test_best_holds_the_best_evaluation_not_the_last():
-    scores = iter([3.0, 1.0, 2.0])
+    scores = iter([0.5, 3.0, 1.0, 2.0])  # of steps 0, which makes no checkpoint, 2, 4 and 6
     evaluate = train.evaluate
 
     def scripted(*arguments, **named):
@@ -813,7 +961,7 @@ def test_a_validation_that_is_not_finite_stops_the_run_too(capsys):
 
     def failing(*arguments, **named):
         score = evaluate(*arguments, **named)
-        return score._replace(loss=math.nan, bits_per_byte=math.nan) if next(calls) else score
+        return score._replace(loss=math.nan, bits_per_byte=math.nan) if next(calls) > 1 else score
 
     with mock.patch.object(train, "evaluate", failing):
         assert start("run", "--steps 4", "--eval_every 2") == 2
@@ -902,7 +1050,7 @@ def test_zero_is_by_preset_and_the_help_tells_what_a_run_has(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for flag, default in (
         ("qk_norm", "True"),
-        ("seq_len", "by the size of the text"),
+        ("seq_len", "by the text: see `recipe` in data/run/presets.py"),
         ("steps", "850"),
     ):
         assert re.search(

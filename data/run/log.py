@@ -107,6 +107,20 @@ class Log:
             settings = {**asdict(run.settings), **asdict(run.model.config)}
             write_text(run.folder / "config.json", json.dumps(settings, indent=1) + "\n")
 
+    def begin(self, score) -> None:
+        """The row of step 0, by an evaluation alone: what the model knows before it learns.
+
+        That is the logarithm of the vocabulary, unless the model was trained before.
+        """
+        nothing = {"step": 0, "tokens": 0, "flops": 0.0, "lr": 0.0, "seconds": 0.0}
+        row = nothing | columns_of_score(score, self.run.data)
+        if ranks.RANK == 0:
+            self.rows.write(row)
+            self.run.tracker.log(row)
+        print_line(
+            f"start      loss {score.loss:.3f}, {score.bits_per_byte:.4f} bits/byte of validation"
+        )
+
     def add(self, row: dict) -> None:
         """Completes a row and passes it on; the meter starts again at zero."""
         run, settings, step = self.run, self.run.settings, row["step"]

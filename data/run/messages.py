@@ -13,9 +13,14 @@ from data.run.log import by_source, labels_of_bytes, print_line, read_rows, reca
 from data.run.pictures import bits_per_byte, draw, sparkline
 
 
-def introduce(run, evaluate) -> None:
-    """The model, the training and the folder, in a line each."""
-    c, settings = run.model.config, run.settings
+def introduce(run) -> None:
+    """The ids, the model, the training and the folder, in a line each."""
+    c, settings, data = run.model.config, run.settings, run.data
+    n, starts, n_bytes = len(data.batches.ids), data.batches.starts, data.corpus.train.n_bytes
+    print_line(
+        f"tokens     {n:,} of a vocabulary of {c.vocab_size:,} ({n_bytes / n:.2f} bytes each); "
+        f"{len(starts):,} windows of {c.seq_len}"
+    )
     total, active = lamoe.count_parameters(run.model)["all"]
     shape = f"{c.n_layers} layers, dim {c.dim}, {c.n_heads} heads"
     if c.n_experts > 1:
@@ -36,17 +41,19 @@ def introduce(run, evaluate) -> None:
         )
         print_line("           router nothing; try --router switch, or --top_k 2")
     on = "attention and experts" if settings.muon_ffn else "attention"
+    kind = "real" if data.corpus.floor is None else "generated"
+    times = settings.steps * settings.grad_accum * tokens / n
+    kind = f"{settings.init}, now on {kind}" if settings.init else kind
+    frozen = ", routers frozen" if settings.freeze_router else ""
     print_line(
-        f"recipe     Muon {settings.muon_lr:g} on {on}, AdamW {settings.lr:g} on the rest, weight "
-        f"decay {settings.weight_decay:g}"
+        f"recipe     for {kind} text of {n_bytes / 1e6:.1f} MB, read {times:.2g} times: Muon "
+        f"{settings.muon_lr:g} on {on}, AdamW {settings.lr:g}, decay {settings.weight_decay:g}"
+        f"{frozen}"
     )
     files = "log.csv, last.pt, best.pt"
     print_line(f"run        {run.folder}: {files}; Ctrl-C saves, --resume goes on")
     loss = f"ln({c.vocab_size}) = {math.log(c.vocab_size):.2f}"
     print_line(f"           a model that knows nothing has loss {loss}")
-    if run.flags.get("init") and not run.done["step"]:
-        before = evaluate(run.model, run.data, settings)
-        print_line(f"           before the first step: {before.bits_per_byte:.4f} bits/byte")
 
 
 def not_finite(step: int, run) -> ValueError:

@@ -36,6 +36,7 @@ def draw(folder: Path, floor: float | None) -> Path:
     pyplot = import_pyplot()
     rows, loads = (list(read_rows(folder / name)) for name in ("log.csv", "load.csv"))
     train, scored, val = bits_per_byte(rows)
+    rows = [row for row in rows if row["train_loss"]]  # step 0 has a validation alone
     lines = len(loads) * (len(loads[0]) - 2) // len(rows) if loads else 0  # layers x experts
     heights = [3.6, min(6.0, 1.2 + 0.12 * lines)] if loads else [3.6]
     figure = pyplot.figure(figsize=(10, sum(heights)), layout="constrained")
@@ -95,7 +96,8 @@ def scale_loss(axes, best: float, floor: float | None) -> None:
 
 
 def bits_per_byte(rows: list[dict]) -> tuple[list, list, list]:
-    """Training loss of all rows, rows with a validation, and their loss; in bits per byte.
+    """Training loss of the rows that have one, rows with a validation, and their loss; in bits per
+    byte.
 
     The log has the training loss in nats per token: it is converted as that of the last validation.
     ValueError without one: a log may have lost its rows, and its run goes on.
@@ -104,7 +106,7 @@ def bits_per_byte(rows: list[dict]) -> tuple[list, list, list]:
     if not scored:
         raise ValueError("no evaluation in the log")
     per_nat = float(scored[-1]["val_bits_per_byte"]) / float(scored[-1]["val_loss"])
-    train = [float(row["train_loss"]) * per_nat for row in rows]
+    train = [float(row["train_loss"]) * per_nat for row in rows if row["train_loss"]]
     return train, scored, [float(row["val_bits_per_byte"]) for row in scored]
 
 
@@ -200,7 +202,8 @@ def plot(folders: list[str], out: str) -> Path:
         for ax, x in zip(axes, AXES, strict=True):
             for run in members:
                 train = above(bits_per_byte(run.rows)[0], floor)
-                ax.plot([row[x] for row in run.rows], train, color=style["color"], alpha=0.3, lw=1)
+                at_x = [row[x] for row in run.rows if row["train_loss"]]
+                ax.plot(at_x, train, color=style["color"], alpha=0.3, lw=1)
             xs = np.mean([[row[x] for row in rows] for rows in at], axis=0)
             ax.plot(xs, above(bits.mean(0), floor), label=label, **style)
             if len(members) > 1:

@@ -1,7 +1,7 @@
 """Settings: which suit a device, a text, or the fine-tuning of a model; and what a resume keeps.
 
 A setting comes from the command line, else from the model of --init, else from the preset, else
-from the size of the text, else from its default.
+from `recipe`, by the text, else from its default.
 """
 
 import dataclasses
@@ -13,35 +13,62 @@ from data.run.flags import OneLineParser, add_flags, pick_device
 from data.run.log import print_line
 from data.run.routers import router_name
 
-LAPTOP = {"qk_norm": True}
+LAPTOP = {"qk_norm": True, "n_layers": 3}
 GPU = {**LAPTOP, "steps": 1200, "batch_size": 64, "compile": True, "draw_mb": 64}
 # What was ahead of dense on real text (README): small experts, a shared one, Muon on all of them.
-FINE = {"n_experts": 32, "top_k": 2, "n_shared_experts": 1, "hidden_dim": 512}
-FINE |= {"muon_ffn": True, "muon_lr": 0.04, "lr": 4e-3, "weight_decay": 0.1}
-# The preset `gpu` for 100 MB of text and more: five minutes of an H100, 65,536 tokens a step.
-GPU_TEXT = {**FINE, "vocab_size": 8192, "dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8}
-GPU_TEXT |= {"seq_len": 512, "batch_size": 128, "steps": 5000}
+FINE = {"n_experts": 32, "top_k": 2, "n_shared_experts": 1, "hidden_dim": 512, "muon_ffn": True}
+# The preset `gpu` for 100 MB of text and more is another model, which wins there and loses below:
+# five minutes of an H100, 65,536 tokens a step.
+GPU_TEXT = {**FINE, "dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8}
+GPU_TEXT |= {"batch_size": 128, "steps": 5000, "lr": 4e-3}
 # 642M parameters, 111M active, for gigabytes of text. 262,144 tokens a step.
 GPU_LARGE = {**GPU, **FINE, "dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4}
 GPU_LARGE |= {"hidden_dim": 640, "seq_len": 1024, "vocab_size": 50304, "tie_embeddings": True}
 GPU_LARGE |= {"batch_size": 16, "grad_accum": 16, "steps": 4000}
 PRESETS = {"laptop": LAPTOP, "gpu": GPU, "gpu-large": GPU_LARGE}
 
-# Articles of a few megabytes. Muon has the experts here, so that `lr` is the rate of embeddings and
-# head alone; without muon_ffn, 4e-3 is better.
-ARTICLES = {"vocab_size": 4096, "seq_len": 256, "n_layers": 3, "lr": 2e-2, "weight_decay": 0.3}
-ARTICLES |= {"muon_lr": 0.04, "muon_ffn": True}
-# (size of the text in bytes, settings for texts below it), each row measured on texts of its size.
-# A small text gets a small vocabulary, because a model must meet a token often to learn it, and a
-# short context, which makes more windows of it. It is read many times over: a high weight decay
-# keeps the model from learning it by heart. The third row is for the embedded corpora. They have
-# few words, a high weight decay harms the recall of names, and with muon_ffn recall comes late.
-TEXTS = (
-    (4e6, {"vocab_size": 2048, "seq_len": 64, "n_layers": 4, "lr": 4e-3, "weight_decay": 0.6}),
-    (6e6, ARTICLES),
-    (1e8, {"vocab_size": 2048, "seq_len": 256, "n_layers": 3, "lr": 8e-3, "weight_decay": 0.1}),
-    (math.inf, {"vocab_size": 8192, "seq_len": 512, "lr": 4e-3, "weight_decay": 0.1}),
-)
+# The recipe of an embedded corpus, whatever its size. It has few words, a high weight decay harms
+# the recall of names, and with muon_ffn recall comes late.
+DRAWN = {"vocab_size": 2048, "seq_len": 256, "lr": 8e-3, "muon_lr": 0.02, "muon_ffn": False}
+DRAWN |= {"weight_decay": 0.1}
+# Rates of AdamW and of Muon for fine-tuning, where AdamW has the experts: see tuning_rates.
+GENTLE = {"lr": 4e-3, "muon_lr": 0.02}
+BY_RECIPE = dict.fromkeys(DRAWN, "by the text: see `recipe` in data/run/presets.py")
+
+
+def recipe(n_bytes: int, given: dict) -> dict:
+    """Settings for a real text of this size, where `given` has none: smooth in all they depend on.
+
+    A larger text gets a larger vocabulary, because a model must meet a token often to learn it, up
+    to what suits the width; and a longer context. Weight decay is the share of the text that a step
+    reads, times a constant: so weights forget over a constant part of an epoch [Wang & Aitchison
+    2024, arXiv:2405.13698], and a small text isn't learned by heart. AdamW's rate falls with the
+    width from 128 on. What can't be smooth is muon_ffn: with it the loss falls faster, but copying
+    from the context is discovered later (12 MB of prose and code: 2.47 bits per byte against 2.65
+    after 200 steps, 2.14 against 2.00 after 850), so a large text has it only in large steps.
+    """
+    run = {"batch_size": 16, "grad_accum": 1, "dim": 128, **given}
+    megabytes, width = n_bytes / 1e6, max(1.0, run["dim"] / 128)
+    vocab_size = 256 * round(min(2100 * megabytes**0.45, 4096 * width**0.5) / 256)
+    seq_len = 2 ** round(math.log2(160 * megabytes**0.18))
+    by_size = {"vocab_size": max(512, vocab_size), "seq_len": min(512, max(64, seq_len))}
+    tokens = run["batch_size"] * run["grad_accum"] * {**by_size, **given}["seq_len"]
+    share = 3 * tokens / n_bytes  # of the text in a step: a token has some three bytes
+    decay = min(1.0, max(0.1, 105 * share))
+    muon_ffn = given.get("muon_ffn", share >= 1 / 600)
+    lr, muon_lr = (0.02, 0.04) if muon_ffn else (0.008, 0.02)
+    rates = {"lr": float(f"{lr / width:.1g}"), "muon_lr": muon_lr, "muon_ffn": muon_ffn}
+    return {**by_size, **rates, "weight_decay": float(f"{decay:.2g}")}
+
+
+# What fields of TrainConfig may be: from, to; and one of.
+MOST = 2**63 - 1
+RANGES = dict.fromkeys(("eval_every", "save_every", "seed", "draw_mb"), (0, MOST))
+RANGES |= dict.fromkeys(("steps", "batch_size", "grad_accum", "log_every"), (1, MOST))
+RANGES |= dict.fromkeys(("lr", "muon_lr", "weight_decay"), (0, math.inf))
+RANGES |= {"warmup": (0, 1), "decay": (0, 1), "clip": (1e-12, math.inf)}
+CHOICES = {"tokenizer": ("bpe", "chars", "bytes"), "dtype": ("auto", "bf16", "fp32")}
+CHOICES |= {"track": ("", "mlflow")}
 
 # Where a run happens, not what it trains: free to differ on a resume.
 PLACES = {"out", "data", "device", "compile", "fsdp"}
@@ -60,10 +87,9 @@ def parse(description: str, train_config, arguments: list[str] | None = None) ->
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     plot = "draw the logs of runs into one picture, --out"
     parser.add_argument("--plot", nargs="+", metavar="RUN", help=plot)
-    by_text = {name: "by the size of the text" for _, settings in TEXTS for name in settings}
     for cls in (train_config, lamoe.Config):
         routers = {"router": [*sorted(lamoe.ROUTERS), "FILE.py with one of your own"]}
-        add_flags(parser, cls, LAPTOP | by_text, routers, {"router": router_name})
+        add_flags(parser, cls, LAPTOP | BY_RECIPE, routers, {"router": router_name})
     flags = vars(parser.parse_args(arguments))
     by_preset = [name for name in ("steps", "draw_mb") if flags.get(name) == 0]
     return {name: value for name, value in flags.items() if name not in by_preset}
@@ -92,34 +118,36 @@ def resolve_config(train_config, flags: dict, corpus, init=None, tokenizer=None)
     weights depend on.
     """
     device, preset = pick_preset(flags)
-    by_text = next(settings for limit, settings in TEXTS if corpus.train.n_bytes < limit)
-    is_large = preset == "gpu" and corpus.train.n_bytes >= 1e8
-    chosen = {**by_text, **PRESETS[preset], **(GPU_TEXT if is_large else {}), **flags}
+    n_bytes, is_drawn = corpus.train.n_bytes, corpus.floor is not None
+    is_large = preset == "gpu" and n_bytes >= 1e8 and not is_drawn
+    given = {**PRESETS[preset], **(GPU_TEXT if is_large else {}), **flags}
+    chosen = {**(DRAWN if is_drawn else recipe(n_bytes, given)), **given}
     if init and not tokenizer:
         raise ValueError(f"{flags['init']} has no tokenizer; put the model's tokenizer.json there")
     if init:
         of_model = fields_of_init(init.config, chosen["seq_len"], flags)
-        chosen = {**chosen, **tuning_rates(chosen, init), **of_model, **flags}
+        chosen = {**chosen, **tuning_rates(init), **of_model, **flags}
     chosen |= {"device": device, "preset": preset}
     settings, config = (
         cls(**{f.name: chosen[f.name] for f in dataclasses.fields(cls) if f.name in chosen})
         for cls in (train_config, lamoe.Config)
     )
+    if settings.freeze_router and config.n_experts == 1:
+        raise ValueError("--freeze_router: a dense model has no router; leave it out")
     settings.dtype = machine.pick_dtype(settings.dtype, device)
     machine.check_memory(config)
     return settings, config
 
 
-def tuning_rates(chosen: dict, init: lamoe.LaMoE) -> dict:
+def tuning_rates(init: lamoe.LaMoE) -> dict:
     """Rates for a model that has learned something: the more weights, the lower, to keep it.
 
-    Those of a fresh run up to 2M parameters, a fortieth of them for 1B. (2.3M from stories to
+    Those of a small fresh run up to 2M parameters, a fortieth of them for 1B. (2.3M from stories to
     Shakespeare, 150 steps: 2.75 bits per byte, and 4.07 with --lr 2e-4 --muon_lr 5e-4.)
     """
     n = sum(weight.numel() for weight in init.parameters())
     share = min(1.0, (2e6 / n) ** 0.6)
-    fresh = {"lr": 8e-3, "muon_lr": 0.02, **chosen}
-    rates = {name: float(f"{share * fresh[name]:.2g}") for name in ("lr", "muon_lr")}
+    rates = {name: float(f"{share * rate:.2g}") for name, rate in GENTLE.items()}
     return {**rates, "muon_ffn": False}
 
 
@@ -164,9 +192,10 @@ def fields_of_experts(init: lamoe.Config, flags: dict) -> dict:
     return fields
 
 
-def resumed_config(train_config, flags: dict, saved: dict):
+def resumed_config(train_config, schedule, flags: dict, saved: dict):
     """(TrainConfig, lamoe.Config) of a run that goes on: as saved, but for its PLACES and for more
-    steps. ValueError for another flag that differs from what the run began with.
+    steps, of which as many as before are a rise. ValueError for another flag that differs from what
+    the run began with.
     """
     settings, config = train_config(**saved["train_config"]), lamoe.Config(**saved["config"])
     known = {**dataclasses.asdict(config), **dataclasses.asdict(settings), **saved["given"]}
@@ -178,14 +207,17 @@ def resumed_config(train_config, flags: dict, saved: dict):
                 f"--{name} {value} differs from the run's {known[name]}; leave it out to "
                 f"resume, or start a new run with another --out"
             )
-    if steps > settings.steps:
-        share = min(1.0, (steps - done) / steps)
-        print_line(
-            f"longer     {settings.steps} steps become {steps}: from step {done} on, rates go up "
-            f"to about {share:.0%} of the highest again, and from there to zero"
-        )
     device = pick_device(flags.get("device", settings.device))
     compiles = flags.get("compile", settings.compile and device == "cuda")
     places = {"device": device, "compile": compiles, "fsdp": flags.get("fsdp", False)}
     places["data"] = flags.get("data", settings.data)  # the same text: see storage.check_text
-    return dataclasses.replace(settings, **places, steps=steps), config
+    if steps > settings.steps:
+        warmup = settings.warmup * settings.steps / steps
+        longer = dataclasses.replace(settings, steps=steps, warmup=warmup)
+        before, now = (schedule(done, of) for of in (settings, longer))
+        print_line(
+            f"longer     {settings.steps} steps become {steps}: at step {done} rates were "
+            f"{before:.0%} of the highest; they are {now:.0%} now and fall to zero at the end"
+        )
+        settings = longer
+    return dataclasses.replace(settings, **places), config

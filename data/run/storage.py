@@ -17,8 +17,9 @@ from data.run.log import print_line
 from data.run.presets import PLACES
 from data.run.routers import UnknownRouter
 
-RUN_FILES = ("last.pt", "best.pt", "log.csv", "load.csv", "config.json")
+RUN_FILES = ("last.pt", "best.pt", "plateau.pt", "log.csv", "load.csv", "config.json")
 NOTHING_DONE = {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
+ADDED = {"suffix": "", "decay": 1.0, "freeze_router": False}  # settings that older runs lack
 TYPES = {"given": dict, "train_config": dict, "tokenizer": dict, "text": str, "done": dict}
 TYPES |= {"optimizers": list, "meter": list, "rng": Tensor}  # of the parts of last.pt
 
@@ -34,7 +35,9 @@ def find_run(flags: dict, resuming: bool, train_config) -> tuple:
     if not ranks.same_on_all(lambda: resuming and folder.is_dir()):
         return folder, None, None
     lock = lock_folder(folder) if ranks.RANK == 0 else None
-    saved = read_run(folder, train_config)
+    saved = read_run(folder / "last.pt", train_config)
+    if saved and flags.get("steps", 0) > saved["train_config"]["steps"]:
+        saved = before_decay(folder, saved, train_config)
     if not saved:
         if not flags.keys() - PLACES:
             again = f"python train.py --resume --out {folder} --data stories"
@@ -104,7 +107,9 @@ def claim(folder: Path, lock, keep_files: bool):
 
 
 def save_run(run, name: str) -> None:
-    """last.pt: all that a run goes on from; best.pt: what sampling needs. Rank 0 writes."""
+    """last.pt: all that a run goes on from; plateau.pt: the same, of when its rates began to fall;
+    best.pt: what sampling needs. Rank 0 writes.
+    """
     parts = {
         "config": dataclasses.asdict(run.model.config),
         "train_config": dataclasses.asdict(run.settings),
@@ -115,7 +120,7 @@ def save_run(run, name: str) -> None:
         "model": ranks.full_state(run.model.state_dict()),
         "done": run.done,
     }
-    if name == "last.pt":
+    if name != "best.pt":
         parts["optimizers"] = [ranks.full_state(o.state_dict()) for o in run.optimizers]
         parts["meter"] = [run.meter.scalars, run.meter.load]
         parts["rng"] = torch.get_rng_state()
@@ -125,12 +130,23 @@ def save_run(run, name: str) -> None:
         checkpoint.save(run.folder / name, parts)
 
 
-def read_run(folder, train_config) -> dict | None:
+def before_decay(folder: Path, saved: dict, train_config) -> dict:
+    """Where a run that gets more steps goes on: before its rates fell, if plateau.pt is of then.
+
+    They need not rise again, and the steps with low ones were not in vain: best.pt stays.
+    """
+    plateau = read_run(folder / "plateau.pt", train_config)
+    if not plateau or plateau["train_config"]["steps"] != saved["train_config"]["steps"]:
+        return saved  # plateau.pt is of the decay before this one
+    best = {name: saved["done"][name] for name in ("best", "best_step")}
+    return {**plateau, "done": {**plateau["done"], **best}}
+
+
+def read_run(path: Path, train_config) -> dict | None:
     """What last.pt holds, its tokenizer built; None, and why, if a run can't go on from it.
 
     If it can't be read at all, that is an OSError: it may be as good as ever.
     """
-    path = folder / "last.pt"
     if not path.exists():
         return None
     try:
@@ -139,7 +155,7 @@ def read_run(folder, train_config) -> dict | None:
         if wrong := wrong or sorted(NOTHING_DONE.keys() - saved["done"].keys()):
             raise ValueError(f"{path} lacks {wrong}")
         _, tokenizer = checkpoint.build(saved, path)
-        settings = {"suffix": "", **saved["train_config"]}  # which the first version had not
+        settings = {**ADDED, **saved["train_config"]}
         if settings.keys() != {f.name for f in dataclasses.fields(train_config)}:
             raise ValueError(f"{path} is from another version of train.py")
         train_config(**settings)
