@@ -343,7 +343,7 @@ def train(run: Run, stop: list) -> None:
             run.model.update_bias(sum(loads))
 
     if not done["step"]:
-        log.begin(evaluate(run.model, run.data, settings, run.data.source_of_byte))
+        log.begin(evaluate(run.model, run.data, settings, log.labels))
     take_step = machine.recorded(take_step, run)  # a CUDA graph, where that works
     while done["step"] < settings.steps and not stopping:
         started, step = time.perf_counter(), done["step"]
