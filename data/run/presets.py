@@ -20,7 +20,7 @@ FINE = {"n_experts": 32, "top_k": 2, "n_shared_experts": 1, "hidden_dim": 512, "
 # The preset `gpu` for 100 MB of text and more is another model, which wins there and loses below:
 # five minutes of an H100, 65,536 tokens a step.
 GPU_TEXT = {**FINE, "dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8}
-GPU_TEXT |= {"batch_size": 128, "steps": 5000, "lr": 4e-3}
+GPU_TEXT |= {"batch_size": 128, "steps": 5000, "lr": 4e-3, "vocab_size": 8192}
 # 642M parameters, 111M active, for gigabytes of text. 262,144 tokens a step.
 GPU_LARGE = {**GPU, **FINE, "dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4}
 GPU_LARGE |= {"hidden_dim": 640, "seq_len": 1024, "vocab_size": 50304, "tie_embeddings": True}
@@ -43,9 +43,12 @@ def recipe(n_bytes: int, given: dict) -> dict:
     to what suits the width; and a longer context. Weight decay is the share of the text that a step
     reads, times a constant: so weights forget over a constant part of an epoch [Wang & Aitchison
     2024, arXiv:2405.13698], and a small text isn't learned by heart. AdamW's rate falls with the
-    width from 128 on. What can't be smooth is muon_ffn: with it the loss falls faster, but copying
-    from the context is discovered later (12 MB of prose and code: 2.47 bits per byte against 2.65
-    after 200 steps, 2.14 against 2.00 after 850), so a large text has it only in large steps.
+    width from 128 on.
+
+    One step there is: a text so large that a run reads it about once has the recipe of drawn ones.
+    There copying from the context has to be discovered soon, and that comes later with many tokens
+    (12 MB of prose and code, 850 steps: 2.00 bits per byte with 2,048, 2.20 with 3,584; with 5,120
+    it is 2.17, and 2.14 with muon_ffn).
     """
     run = {"batch_size": 16, "grad_accum": 1, "dim": 128, **given}
     megabytes, width = n_bytes / 1e6, max(1.0, run["dim"] / 128)
@@ -55,6 +58,8 @@ def recipe(n_bytes: int, given: dict) -> dict:
     tokens = run["batch_size"] * run["grad_accum"] * {**by_size, **given}["seq_len"]
     share = 3 * tokens / n_bytes  # of the text in a step: a token has some three bytes
     decay = min(1.0, max(0.1, 105 * share))
+    if share < 1 / 600:
+        by_size["vocab_size"] = DRAWN["vocab_size"]
     muon_ffn = given.get("muon_ffn", share >= 1 / 600)
     lr, muon_lr = (0.02, 0.04) if muon_ffn else (0.008, 0.02)
     rates = {"lr": float(f"{lr / width:.1g}"), "muon_lr": muon_lr, "muon_ffn": muon_ffn}
