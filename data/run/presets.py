@@ -46,9 +46,9 @@ def recipe(n_bytes: int, given: dict) -> dict:
     width from 128 on.
 
     One step there is: a text so large that a run reads it about once has the recipe of drawn ones.
-    There copying from the context has to be discovered soon, and that comes later with many tokens
-    (12 MB of prose and code, 850 steps: 2.00 bits per byte with 2,048, 2.20 with 3,584; with 5,120
-    it is 2.17, and 2.14 with muon_ffn).
+    There a large vocabulary costs more than it brings (12 MB of prose and code, 850 steps: 2.00
+    bits per byte with 2,048, 2.20 with 3,584, 2.17 with 5,120, or 2.14 with muon_ffn), perhaps
+    because copying from the context is discovered later.
     """
     run = {"batch_size": 16, "grad_accum": 1, "dim": 128, **given}
     megabytes, width = n_bytes / 1e6, max(1.0, run["dim"] / 128)
