@@ -314,7 +314,7 @@ class Tokenizer:
         for block in blocks(text):  # by words, then, where few are new, by chunks: half the time
             n_words = len(self._words)
             packed.append((self._chunks if self._is_familiar else self._words).of(block))
-            self._is_familiar = 128 * (len(self._words) - n_words) < len(block)
+            self._is_familiar = 48 * (len(self._words) - n_words) < len(block)
         return b"".join(packed)
 
     def _pack_word(self, word):
