@@ -32,6 +32,14 @@ def written(step, model, ids_BT, *args, **options):
         return torch.stack(list(model.generate(ids_BT, *args, **options))), torch.stack(logits)
 
 
+def begun(model, B=1, length=9):
+    """A step that has read a prompt."""
+    step = one_row.RowStep(model, B, length, (0.0,), 1.0, None)
+    with torch.no_grad():
+        step.read(torch.tensor([[1, 2, 3]] * B))
+    return step
+
+
 def assert_writes_the_same(config, **options):
     model = with_biases(random_model(config), "bias")
     ids_BT = random_ids(config, 1, 3)
@@ -98,25 +106,24 @@ def test_a_router_that_inherits_from_topk_is_asked_itself(monkeypatch):
             return lamoe.Routing(torch.tensor([[3, 2]]), torch.tensor([[0.75, 0.0]]))
 
     monkeypatch.setitem(lamoe.ROUTERS, "last", Last)
-    model = random_model(small_config(router="last"))
-    step = one_row.RowStep(model, 1, 9, (0.0,), 1.0, None)
+    step = begun(random_model(small_config(router="last")))
     h_11D = torch.randn(1, 1, 16)
     assert step.layers[0].chosen(h_11D, step.ids_B1) == [(step.layers[0].experts[3], 0.75)]
 
 
 @pytest.mark.parametrize("why", ["batch", "bf16", "autocast"])
 def test_all_else_is_written_by_the_plain_step(why):
-    model = random_model(small_config())
+    model = random_model(small_config(dim=256))
     model = model.bfloat16() if why == "bf16" else model
     context = torch.autocast("cpu", torch.bfloat16) if why == "autocast" else nullcontext()
     with context:
-        step = one_row.RowStep(model, 1 + (why == "batch"), 9, (0.0,), 1.0, None)
+        step = begun(model, 1 + (why == "batch"))
     assert step.next == step.run
 
 
 def test_no_weight_is_copied_but_those_of_q_k_and_v():
     model = random_model(small_config(n_shared_experts=1, n_dense_layers=1))
-    step = one_row.RowStep(model, 1, 9, (0.0,), 1.0, None)
+    step = begun(model)
     weights = {w.untyped_storage().data_ptr() for w in model.parameters()}
     for layer in step.layers:
         matrices = [layer.o, *(m for pair in layer.experts for m in pair)]
@@ -163,17 +170,22 @@ def test_products_get_x_with_the_strides_of_a_transposed_row():
 
 
 @pytest.mark.parametrize("dim, threads", [(16, 1), (256, 2)])
-def test_a_small_model_takes_one_thread_and_gives_the_others_back(dim, threads):
+@pytest.mark.parametrize("way", ["row", "bf16", "compiled"])
+def test_a_small_model_takes_one_thread_and_gives_the_others_back(way, dim, threads):
     model, seen = random_model(small_config(dim=dim)), []
-    before = torch.get_num_threads()
+    model, before = model.bfloat16() if way == "bf16" else model, torch.get_num_threads()
     step = one_row.RowStep(model, 1, 9, (0.0,), 1.0, None)
-    step.pick = lambda *args: seen.append(torch.get_num_threads())
-    try:
-        torch.set_num_threads(2)
-        step.next()
-        assert seen == [threads] and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    if way == "compiled":
+        step.next = lambda: step.pick()
+    with torch.no_grad():
+        step.read(torch.tensor([[1, 2, 3]]))
+        step.pick = lambda *args: seen.append(torch.get_num_threads())
+        try:
+            torch.set_num_threads(2)
+            step.next()
+            assert seen == [threads] and torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(before)
 
 
 def test_a_loaded_model_writes_with_it(tmp_path):
