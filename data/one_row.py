@@ -8,6 +8,7 @@ memory is read, with one thread; `times_row` does it at that speed, with two.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,23 +16,31 @@ from torch.nn.functional import silu
 
 import lamoe
 
+LARGE = 2**18  # numbers in a matrix: below, two threads take longer to meet than to multiply
+
 
 def halves(weight: Tensor) -> Tensor:
     """A matrix as a batch of its upper and lower half, (2, N, D); (1, N, D) if it has no half."""
     return weight.detach().view(math.gcd(len(weight), 2), -1, weight.shape[-1])
 
 
-def times_row(W_2ND: Tensor, x: Tensor, plus: Tensor | None = None, scale: float = 1.0) -> Tensor:
+def times_row(W_2ND: Tensor, x: Tensor, plus: Tensor | None = None, scale=1.0, threads=1) -> Tensor:
     """W x, (2, N, 1); or plus + scale * W x, in the shape of `plus`.
 
     A batch of two products has code of its own in MKL, the fast one if x has the strides of a
     transposed row. With those of x.view(-1, 1) it takes ten times as long.
     """
-    D = x.numel()
+    D, is_large = x.numel(), threads > 1 and W_2ND.numel() > LARGE
     x_2D1 = x.as_strided((len(W_2ND), D, 1), (0, 1, D))
+    if is_large:
+        torch.set_num_threads(threads)
     if plus is None:
-        return torch.bmm(W_2ND, x_2D1)
-    return torch.baddbmm(plus.view(len(W_2ND), -1, 1), W_2ND, x_2D1, alpha=scale).view_as(plus)
+        y = torch.bmm(W_2ND, x_2D1)
+    else:
+        y = torch.baddbmm(plus.view(len(W_2ND), -1, 1), W_2ND, x_2D1, alpha=scale).view_as(plus)
+    if is_large:
+        torch.set_num_threads(1)
+    return y
 
 
 def norm_rows(x_R1K: Tensor, weight: Tensor, eps_1: Tensor) -> Tensor:
@@ -74,8 +83,8 @@ class Layer:
 
 
 def on_one_thread(step: Callable) -> Callable:
-    """The step of a small model. Two threads would take longer to meet after each product than it
-    takes; beside a process that has one of two cores, ten times as long in all.
+    """A step of small operators. torch would give many of them to all threads, which gains nothing;
+    and beside a process that has one of two cores, the default model would take ten times as long.
     """
 
     def alone() -> None:
@@ -102,18 +111,20 @@ class RowStep(lamoe.Step):
             self.norm, self.head = m.norm.weight.detach(), halves(m.head.weight)
             self.zero_1, self.eps_1 = torch.zeros(1), torch.tensor([c.norm_eps])
             self.eye_KK = torch.eye(c.head_size)
-        if c.dim < 256:
+        self.threads = torch.get_num_threads()
+        if self.next == self.run_row or c.dim < 256:
             self.next = on_one_thread(self.next)
 
     def run_row(self) -> None:
         """`run`, for one row."""
         m, c, at, S = self.model, self.model.config, self.position, self.cache.length + 1
         heads, G, K = (c.n_heads, c.n_kv_heads), c.n_kv_heads, c.head_size
+        product = partial(times_row, threads=self.threads)
         turn_KK = lamoe.apply_rope(self.eye_KK, m.cos[S - 1], m.sin[S - 1])  # x turned: x @ turn
         x_11D, self.cache.length = m.embed(self.ids_B1).detach(), S
         for layer, (k_1GSK, v_1GSK) in zip(self.layers, self.cache.layers, strict=True):
             h_11D = norm_rows(x_11D, layer.norms[0], self.eps_1)
-            qk_R1K, v_G1K = times_row(layer.qkv, h_11D).view(-1, 1, K).split((sum(heads), G))
+            qk_R1K, v_G1K = product(layer.qkv, h_11D).view(-1, 1, K).split((sum(heads), G))
             if c.qk_norm:
                 qk_R1K = norm_rows(qk_R1K, layer.qk_norm_R1K, self.eps_1)
             q_HK, k_GK = (qk_R1K[:, 0] @ turn_KK).split(heads)
@@ -121,13 +132,13 @@ class RowStep(lamoe.Step):
             v_GSK = v_1GSK[0].index_copy_(1, at, v_G1K).narrow(1, 0, S)
             q_GRK = q_HK.view(G, -1, K)
             scores_GRS = torch.baddbmm(self.zero_1, q_GRK, k_GSK.mT, alpha=K**-0.5)
-            x_11D = times_row(layer.o, torch.bmm(scores_GRS.softmax(-1), v_GSK), plus=x_11D)
+            x_11D = product(layer.o, torch.bmm(scores_GRS.softmax(-1), v_GSK), plus=x_11D)
             h_11D = norm_rows(x_11D, layer.norms[1], self.eps_1)
             for (gate_up, down), weight in layer.chosen(h_11D, self.ids_B1):
-                gate_F1, up_F1 = times_row(gate_up, h_11D).unbind()
-                x_11D = times_row(down, silu(gate_F1) * up_F1, plus=x_11D, scale=weight)
+                gate_F1, up_F1 = product(gate_up, h_11D).unbind()
+                x_11D = product(down, silu(gate_F1) * up_F1, plus=x_11D, scale=weight)
         h_11D = norm_rows(x_11D, self.norm, self.eps_1)
-        self.pick(times_row(self.head, h_11D).view(1, -1), self.ids_B1)
+        self.pick(product(self.head, h_11D).view(1, -1), self.ids_B1)
         self.position += 1
 
 

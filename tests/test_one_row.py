@@ -169,21 +169,38 @@ def test_products_get_x_with_the_strides_of_a_transposed_row():
         assert x.shape == (2, 5, 1) and x.stride() == (0, 1, 5)
 
 
-@pytest.mark.parametrize("dim, threads", [(16, 1), (256, 2)])
 @pytest.mark.parametrize("way", ["row", "bf16", "compiled"])
-def test_a_small_model_takes_one_thread_and_gives_the_others_back(way, dim, threads):
-    model, seen = random_model(small_config(dim=dim)), []
-    model, before = model.bfloat16() if way == "bf16" else model, torch.get_num_threads()
+@pytest.mark.parametrize("dim", [16, 256])
+def test_a_step_takes_one_thread_and_gives_the_others_back(way, dim):
+    """Those of a larger model that is not written out keep theirs."""
+    model, seen, before = random_model(small_config(dim=dim)), [], torch.get_num_threads()
+    model = model.bfloat16() if way == "bf16" else model
     step = one_row.RowStep(model, 1, 9, (0.0,), 1.0, None)
     if way == "compiled":
         step.next = lambda: step.pick()
-    with torch.no_grad():
-        step.read(torch.tensor([[1, 2, 3]]))
-        step.pick = lambda *args: seen.append(torch.get_num_threads())
-        try:
-            torch.set_num_threads(2)
+    try:
+        torch.set_num_threads(2)
+        with torch.no_grad():
+            step.read(torch.tensor([[1, 2, 3]]))
+            step.pick = lambda *args: seen.append(torch.get_num_threads())
             step.next()
-            assert seen == [threads] and torch.get_num_threads() == 2
+        assert seen == [1 if way == "row" or dim == 16 else 2] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_only_a_large_matrix_is_multiplied_by_all_threads():
+    seen, bmm, before = [], torch.bmm, torch.get_num_threads()
+    with mock.patch.object(
+        torch, "bmm", lambda *a: seen.append(torch.get_num_threads()) or bmm(*a)
+    ):
+        try:
+            torch.set_num_threads(1)
+            for n in (one_row.LARGE // 64, one_row.LARGE // 64 + 2):
+                W, x = torch.randn(n, 64), torch.randn(1, 64)
+                y = one_row.times_row(one_row.halves(W), x, threads=2)
+                assert (y.flatten() - W @ x[0]).abs().max() < 1e-4
+            assert seen == [1, 2] and torch.get_num_threads() == 1
         finally:
             torch.set_num_threads(before)
 
