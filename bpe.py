@@ -84,29 +84,30 @@ PATTERN = (
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*"  # punctuation and the line breaks after it
     r"|\s*[\r\n]|\s+(?!\S)|\s+"  # white space, leaving the last space to the next word
 )
-find_words = regex.compile(PATTERN).findall
-# For ASCII alone `re` finds the same, in 0.6 of the time; ++ and ?+ (never give back) don't matter.
-find_ascii_words = re.compile(
-    r"(?a:'(?i:[sdmt]|ll|ve|re)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]{1,3}"
-    r"| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+)"
-).findall
-NEW = "\U00011f04\u1c89\ua7ce\u208f"  # a letter each of Unicode 15, 16, 17 and 18
-UNICODE = 14 + len(regex.findall(r"\p{L}", NEW))  # the version that decides what a letter is
+UNICODE = 14 + len(regex.findall(r"\p{L}", "\U00011f04\u1c89\ua7ce\u208f"))  # letters of 15 to 18
 
-# The pattern is slow (10 MB/s). So a cheap one (60 MB/s) first cuts text into chunks, and the slow
-# one splits each distinct chunk only once. Most cuts would change words: "!" takes the line breaks
-# after it. But the pattern never looks behind, so a cut is safe where a word ends in any case:
-#   before a space after a non-space: every alternative that can end in a non-space stops there, and
-#       none looks beyond (the lookahead only ever follows white space);
-#   after a line break before a non-space: no alternative goes on after a line break, except for
-#       white space, and that goes no further than its last line break.
-# It is safe, too, to leave out a cut. `re` does so at \x1c-\x1f, which only `re` calls white space.
-split_chunks = re.compile(r"\s*\S+(?:[^\S ]\s*(?:(?<![\r\n])\S+)?)*|\s+").findall
-find_cut = re.compile(r"(?<=\S)(?= )|(?<=[\r\n])(?=\S)").search
+# `re` finds the same, thrice as fast, if told which characters are letters. It looks them up in a
+# table that ends at U+FFFF: text with an emoji is for `regex`. The commonest words stand first.
+low = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
+runs = (regex.findall(kind, low) for kind in (r"\p{L}+", r"\p{N}+", r"\s+"))
+L, N, S = ("".join(f"{run[0]}-{run[-1]}" for run in found) for found in runs)  # a-z...
+find_low_words = re.compile(
+    rf" [{L}]+|[{L}]+|'(?i:[sdmt]|ll|ve|re)|[^\r\n{L}{N}][{L}]+|[{N}]{{1,3}}"
+    rf"| ?[^{S}{L}{N}]+[\r\n]*|[{S}]*[\r\n]|[{S}]+(?![^{S}])|[{S}]+"
+).findall
 
 
 def split_words(text):
-    return find_ascii_words(text) if text.isascii() else find_words(text)
+    is_low = text.isascii() or not re.search("[\U00010000-\U0010ffff]", text)
+    return find_low_words(text) if is_low else regex.findall(PATTERN, text)
+
+
+# Blocks, and chunks (a few words, which texts repeat), are cut only where a word ends in any case:
+# before a space after a non-space, where each alternative stops (its lookahead only follows white
+# space); after a line break before a non-space, as only white space goes on there, till its last
+# line break. Nothing looks behind. `re` leaves cuts out: to it, \x1c-\x1f are white space, too.
+split_chunks = re.compile(r"\s*\S+(?:[^\S ]\s*(?:(?<![\r\n])\S+)?)*|\s+").findall
+find_cut = re.compile(r"(?<=\S)(?= )|(?<=[\r\n])(?=\S)").search
 
 
 def blocks(text):
@@ -124,17 +125,12 @@ def blocks(text):
 
 def count_words(documents, progress=None):
     """Returns {word: count} over all documents, holding one block of text at a time."""
-    words, chunks, n_chars = Counter(), Counter(), 0
-    for block in chain(chain.from_iterable(map(blocks, documents)), [""]):
-        chunks.update(split_chunks(block))
+    words, n_chars = Counter(), 0
+    for block in chain.from_iterable(map(blocks, documents)):
+        words.update(split_words(block))
         n_chars += len(block)
         if progress and n_chars >> 20 > (n_chars - len(block)) >> 20:
             progress(f"{n_chars / 1e6:.0f} million characters read")
-        if len(chunks) > 1 << 20 or not block:  # at the end, and before they fill the memory
-            for chunk, count in chunks.items():
-                for word in split_words(chunk):
-                    words[word] += count
-            chunks.clear()
     return words
 
 
@@ -155,9 +151,8 @@ def learn_merges(word_counts, n_merges, progress=None):
 
     All distinct words lie end to end in a linked list of numpy arrays. Each pair in the heap has
     the positions where it occurs, so a merge is a few array operations on these. Merging "ab" in
-    "xaby" also takes away an "xa" and a "by"; their counts are then too high. So the pair on top
-    is counted again, and pushed back if it lost some. That is enough: a pair enters the heap with
-    all its occurrences and later only loses some, so no count is ever too low.
+    "xaby" also takes away an "xa" and a "by". So the pair on top is counted again, and pushed back
+    if it lost some: no count is ever too low, as a pair enters the heap with all its occurrences.
 
     >>> learn_merges({"aaab": 2, "ab": 3}, 3)  # ab: 5 against aa: 4; then a|a|ab is left
     [(97, 98), (97, 97), (257, 256)]
@@ -239,8 +234,11 @@ def merge_word(word, ranks):
 class PackedIds(dict):
     """{text: its ids as raw bytes, which are joined fastest}; what is not there yet is made."""
 
-    def __init__(self, make):
-        self.make = make
+    def __init__(self, split, make):
+        self.split, self.make = split, make
+
+    def of(self, text):  # map and join run in C: no Python code for what is known
+        return b"".join(map(self.__getitem__, self.split(text)))
 
     def __missing__(self, text):
         packed = self.make(text)
@@ -284,7 +282,8 @@ class Tokenizer:
         self.byte_lengths = np.array([len(token) for token in self.tokens])
         self._typecode = "H" if self.vocab_size <= 1 << 16 else "I"
         self._ranks = {pair: 256 + i for i, pair in enumerate(self.merges)}
-        self._words, self._chunks = PackedIds(self._pack_word), PackedIds(self._pack_chunk)
+        self._words = PackedIds(split_words, self._pack_word)
+        self._chunks, self._is_familiar = PackedIds(split_chunks, self._words.of), False
 
     @classmethod
     def train(cls, documents, vocab_size, progress=None):
@@ -311,11 +310,12 @@ class Tokenizer:
         return np.frombuffer(packed, self._typecode)
 
     def _pack(self, text):
-        ids_of = self._chunks.__getitem__  # map and join run in C: no Python code on a hit
-        return b"".join([b"".join(map(ids_of, split_chunks(block))) for block in blocks(text)])
-
-    def _pack_chunk(self, chunk):
-        return b"".join(map(self._words.__getitem__, split_words(chunk)))
+        packed = []
+        for block in blocks(text):  # by words, then, where few are new, by chunks: half the time
+            n_words = len(self._words)
+            packed.append((self._chunks if self._is_familiar else self._words).of(block))
+            self._is_familiar = 48 * (len(self._words) - n_words) < len(block)
+        return b"".join(packed)
 
     def _pack_word(self, word):
         return array(self._typecode, merge_word(utf8(word), self._ranks)).tobytes()

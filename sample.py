@@ -29,7 +29,7 @@ from data.run.scoring import score
 
 # --- 1. Flags -------------------------------------------------------------------------------------
 
-LONG = 20_000  # tokens: from there on compiling (half a minute) saves more time than it takes
+LONG = 100_000  # tokens: from there on compiling (half a minute) saves the time that it takes
 
 
 class Parser(OneLineParser):

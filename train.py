@@ -19,7 +19,6 @@ import math
 import sys
 import time
 import typing
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,23 +81,24 @@ class TrainConfig:
 # the id `first`, the <|endoftext|> before it if nothing else: see data/tokens.py.
 
 
-def windows(ids: np.ndarray, first: int, length: int, documents: array | None = None) -> np.ndarray:
+def windows(ids: np.ndarray, first: int, length: int, documents=None) -> np.ndarray:
     """(start, next start) of windows of `length` positions that begin at a document where they can.
 
     The next window begins at the last document that starts inside this one, else where it ends. A
     start in mid-story would ask the model for names it was never told. Between a window's start and
     the next one's, each token is met exactly once: the span that evaluation scores.
     """
-    if documents is None:  # where they start is not known yet
-        documents = tokens.document_starts(ids[:-1], first)
+    documents = tokens.document_starts(ids[:-1], first) if documents is None else documents
     last = len(ids) - 1
-    documents = documents + array("q", [last + length])  # one beyond every window
-    starts, i = array("q", [0]), 0  # documents[i]: the last one that starts inside the window
-    while (start := starts[-1]) < last:
-        while documents[i + 1] <= start + length:
-            i += 1
-        starts.append(min(documents[i] if documents[i] > start else start + length, last))
-    return np.stack([starts[:-1], starts[1:]], axis=1)
+    n = -(-np.diff(documents, append=last) // length)  # windows till one has other documents in it
+    following = documents.searchsorted(documents + n * length, "right") - 1  # the last one of these
+    met = [0]  # documents that begin a window
+    while (i := following.data[met[-1]]) > met[-1]:
+        met.append(i)
+    documents, n = documents[met], n[met]
+    nth = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)  # 0, 1, ... from each document on
+    starts = np.repeat(documents, n) + nth * length
+    return np.stack([starts, np.append(starts[1:], last)], axis=1)
 
 
 class Batches:
@@ -108,9 +108,9 @@ class Batches:
         self.ids, self.length, self.size, self.seed = ids, length, size, seed
         self.rows = ranks.share_of_rows(size)
         documents = tokens.document_starts(ids[:-1], first)  # a pass over the whole text
-        starts = windows(ids, first, length, documents)[:, 0]
-        self.starts = np.unique(np.minimum(starts, len(ids) - 1 - length))  # the last one is full
-        self.is_cut = ~np.isin(self.starts, documents)  # begins where the one before ended
+        starts, full = windows(ids, first, length, documents)[:, 0], len(ids) - 1 - length
+        self.starts = starts = np.append(starts[starts < full], full)  # the last window is full
+        self.is_cut = documents[documents.searchsorted(starts, "right") - 1] != starts  # in a text
         self.epoch, self.order = -1, None
 
     def __call__(self, i: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,6 +56,23 @@ NO_TEXT = {  # how files begin that are no text, and what to do
     b"\x1f\x8b": "packed by gzip; name it FILE.gz",
     b"\xd0\xcf\x11\xe0": "an Office document; save it as plain text",
 }
+IN_ZIPS = {  # what tells zips apart that are documents
+    b"word/document.xml": "a Word document (.docx); save it as plain text",
+    b"xl/workbook.xml": "an Excel table (.xlsx); save it as .csv",
+    b"ppt/presentation.xml": "PowerPoint slides (.pptx); save them as plain text",
+    b"mimetypeapplication/vnd.oasis": "an OpenDocument file (.odt); save it as plain text",
+    b"mimetypeapplication/epub+zip": "an e-book (.epub); turn it into text: pandoc -t plain FILE",
+}
+KINDS = {  # what else a folder may hold, and what to do
+    ".docx .doc": "Word: save as text",
+    ".xlsx .xls": "Excel: save as .csv",
+    ".pptx .ppt": "PowerPoint: save as text",
+    ".odt .ods .odp": "OpenDocument: save as text",
+    ".epub": "e-book: pandoc -t plain FILE",
+    ".pdf": "PDF: pdftotext FILE",
+    ".png .jpg .jpeg .gif .webp .bmp .tif .tiff .heic .ico": "image",
+}
+KIND_OF = {suffix: f" ({kind})" for suffixes, kind in KINDS.items() for suffix in suffixes.split()}
 CATEGORIES = "business entertainment politics sport tech".split()
 BBC = re.compile(rf"(?:^|/)({'|'.join(CATEGORIES)})/\d+\.txt$")
 WIKI = re.compile(r"(?:^|/)[A-Z]{2}/wiki_\d+$")
@@ -137,19 +154,19 @@ def is_text(member: Member, file) -> bool:
 
 
 def left_out(path: Path, members: list[Member]) -> str:
-    """What of a folder is not read, by suffix, "left out: 3 .png"; of a known set nothing."""
+    """What of a folder is not read, "left out: 3 .png (image)"; of a known set nothing."""
     if not path.is_dir() or any(m.source in CATEGORIES or WIKI.search(m.name) for m in members):
         return ""
     kept = {m.path for m in members}
     visible = (p for p in path.rglob("*") if not any(part[0] == "." for part in p.parts[1:]))
-    suffixes = Counter(p.suffix or p.name for p in visible if p.is_file() and p not in kept)
+    suffixes = Counter(p.suffix.lower() or p.name for p in visible if p.is_file() and p not in kept)
     return f"{path}: left out: {', '.join(some_of(suffixes))}" if suffixes else ""
 
 
 def some_of(suffixes: Counter) -> list[str]:
-    """The commonest of them, as "3 .png"."""
+    """The commonest of them, as "3 .png (image)"."""
     ordered = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
-    return [f"{n} {suffix}" for suffix, n in ordered[:6]]
+    return [f"{n} {suffix}{KIND_OF.get(suffix.lower(), '')}" for suffix, n in ordered[:6]]
 
 
 def is_zip(path: Path) -> bool:
@@ -227,9 +244,8 @@ def text_blocks(file, name: str):
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     decoder, done = io.IncrementalNewlineDecoder(decoder, translate=True), 0
     for data in itertools.chain(iter(partial(file.read, BLOCK), b""), [b""]):
-        for start, what in NO_TEXT.items() if not done else ():
-            if data.startswith(start):
-                raise ValueError(f"{name} is {what.replace('FILE', name)}")
+        if not done and (what := what_else(data)):
+            raise ValueError(f"{name} is {what.replace('FILE', name)}")
         if not done and (kind := looks_like_utf16(data)):
             raise NotUTF8(
                 f"{name} is UTF-16 text, not UTF-8 (byte 0 is 0x{data[0]:02x}); convert it: "
@@ -247,6 +263,13 @@ def text_blocks(file, name: str):
         if "\0" in text:
             raise ValueError(f"{name} is not text (it has a zero byte); name a plain text file")
         yield text
+
+
+def what_else(data: bytes) -> str:
+    """What a file is that begins so, and what to do, if it is known and no text."""
+    what = next((what for start, what in NO_TEXT.items() if data.startswith(start)), "")
+    inside = IN_ZIPS.items() if data.startswith(b"PK\3\4") else ()
+    return next((what for name, what in inside if name in data), what)
 
 
 def looks_like_utf16(data: bytes) -> str:

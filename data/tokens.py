@@ -215,7 +215,7 @@ def first_id(tokenizer) -> int:
     return [*tokenizer.start, tokenizer.eot][0]
 
 
-def document_starts(ids: np.ndarray, first: int, block: int = 1 << 22) -> array:
+def document_starts(ids: np.ndarray, first: int, block: int = 1 << 22) -> np.ndarray:
     """Positions of the id that documents begin with: the text itself starts behind it.
 
     Of a mapped file, blocks are read beside the mapping: pages that it touched would stay.
@@ -227,7 +227,7 @@ def document_starts(ids: np.ndarray, first: int, block: int = 1 << 22) -> array:
             place = ids.offset + at * ids.itemsize
             part = np.fromfile(ids.filename, ids.dtype, len(part), offset=place)
         found.frombytes((np.flatnonzero(part == first) + at).astype(np.int64).tobytes())
-    return found
+    return np.frombuffer(found, np.int64)
 
 
 def last_bytes(ids: np.ndarray, tokenizer) -> np.ndarray:

@@ -72,6 +72,16 @@ def test_bench_runs_on_this_machine_and_prints_no_nan(printed):
 
 
 @pytest.mark.oracle
+def test_bench_writing_compares_with_hugging_face_and_llama_cpp(printed):
+    for module in ("transformers", "safetensors", "gguf", "xllamacpp"):
+        pytest.importorskip(module)
+    text = printed("bench_writing.py", "--smallest")
+    for way in ("LaMoE", "lamoe.py alone", "Hugging Face", "llama.cpp"):
+        assert text.count(f"threads  {way}  ") == 2, text
+    assert "other ids" not in text
+
+
+@pytest.mark.oracle
 def test_bench_compares_with_hugging_face(printed):
     pytest.importorskip("transformers")
     assert "LaMoE over it" in printed("bench.py", "--smallest", "peers")

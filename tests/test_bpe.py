@@ -10,6 +10,7 @@ import time
 import unicodedata
 from collections import Counter
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -102,11 +103,21 @@ ASCII = [chr(i) for i in range(128)]
 
 
 @settings(max_examples=500)
-@given(st.text(st.sampled_from(ASCII)), st.text(st.sampled_from(" \t\n\r\x1c\x1f\v'sSlL1!aA")))
+@given(any_text, st.text(st.sampled_from(" \t\n\r\x1c\x1f\v'sSlL1!aA")))
 @example("".join(ASCII), "".join(a + b + c for a in " \n!a1" for b in ASCII for c in " \n!a1'"))
-def test_of_ascii_the_faster_pattern_finds_the_same_words(any_ascii, tricky):
-    for text in (any_ascii, tricky):
-        assert bpe.find_ascii_words(text) == bpe.regex.findall(bpe.PATTERN, text)
+def test_the_faster_pattern_finds_the_same_words(anything, tricky):
+    for text in (anything, tricky, anything + "\U00020000", tricky + "\U0001f600"):
+        assert bpe.split_words(text) == bpe.regex.findall(bpe.PATTERN, text)
+
+
+@pytest.mark.parametrize(
+    "around", [" {0}a{0}1 {0}", "1{0}'{0}s\n{0}!{0}\r\n", "a{0}{0}{0}{0}  {0}x"]
+)
+def test_the_faster_pattern_knows_each_character(around):
+    characters = map(chr, [*range(0xD800), *range(0xE000, 0x20000)])
+    for some in iter(lambda: list(islice(characters, 999)), []):
+        text = "".join(map(around.format, some))
+        assert bpe.split_words(text) == bpe.regex.findall(bpe.PATTERN, text)
 
 
 @settings(max_examples=500)
@@ -222,7 +233,18 @@ def test_any_string_round_trips(tok, text):
 @settings(deadline=None)
 @given(any_text)
 def test_brute_force_gives_same_ids(tok, text):
-    assert tok.encode(text) == plain_encode(text, tok.merges)
+    for tok._is_familiar in (False, True, False):  # by words, by chunks
+        assert tok.encode(text) == plain_encode(text, tok.merges)
+
+
+def test_what_was_seen_often_is_encoded_by_chunks_and_new_text_by_words(tok):
+    text = "".join(f"the {i} foxes jump, {i} dogs don't\n" for i in range(5_000))
+    new = Tokenizer(tok.merges)
+    ids = [new.encode(text) for _ in range(3)]
+    assert ids[0] == ids[1] == ids[2] == plain_encode(text, tok.merges)
+    assert new._is_familiar and len(new._chunks) > 5_000
+    new.encode(" ".join(map(chr, range(0x4E00, 0x6E00))))
+    assert not new._is_familiar
 
 
 @given(st.one_of(st.text("ab", min_size=1), st.binary(min_size=1)))

@@ -91,7 +91,7 @@ def test_a_folder_is_read_to_its_bottom_in_a_stable_order(tmp_path):
     joined = "".join(everything(corpus))
     assert corpus.name == "shelf"
     assert "print('text, too')" in joined and "1234" not in joined and "hidden" not in joined
-    assert "left out: 1 .bin, 1 .png" in corpus.how
+    assert "left out: 1 .bin, 1 .png (image)" in corpus.how
     order = ["sub/a.txt", "sub/deeper/b.txt", "z.txt"]
     assert [name for name in sorted(order, key=joined.find) if name in joined] == order
     assert everything(datasets.read(str(tmp_path / "shelf"))) == everything(corpus)

@@ -514,6 +514,43 @@ def test_other_kinds_are_called_what_they_are_too(start, what):
         read("a.dat")
 
 
+@pytest.mark.parametrize(
+    "names, what",
+    [
+        ("[Content_Types].xml word/document.xml", "a Word document .* save it as plain text"),
+        ("[Content_Types].xml xl/workbook.xml", "an Excel table .* save it as .csv"),
+        ("[Content_Types].xml ppt/presentation.xml", "PowerPoint slides"),
+        ("mimetype=application/vnd.oasis.opendocument.text content.xml", "an OpenDocument file"),
+        ("mimetype=application/epub+zip OEBPS/1.html", "an e-book .* pandoc -t plain a.dat"),
+        ("any.txt", "a zip or an Office document"),
+    ],
+)
+def test_a_zip_that_is_a_document_is_called_what_it_is(names, what):
+    with zipfile.ZipFile("a.dat", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names.split():
+            name, _, content = name.partition("=")
+            packing = zipfile.ZIP_STORED if content else zipfile.ZIP_DEFLATED
+            archive.writestr(name, content or "<xml/>" * 99, packing)
+    with pytest.raises(ValueError, match=f"a.dat is {what}"):
+        read("a.dat")
+
+
+def test_of_a_folder_a_line_tells_what_was_left_out_and_what_to_do():
+    write("mine/a.txt", "text")
+    for name in ("a.docx", "b.DOCX", "c.xlsx", "d.pptx", "e.epub"):
+        write(f"mine/{name}", b"PK\3\4" + bytes(30))
+    write("mine/f.pdf", b"%PDF-1.4\n\0")
+    for name in ("1.png", "2.png", "3.png"):
+        write(f"mine/{name}", b"\x89PNG" + bytes(9))
+    members = formats.find(Path("mine"))
+    assert [member.name for member in members] == ["a.txt"]
+    assert formats.left_out(Path("mine"), members) == (
+        "mine: left out: 3 .png (image), 2 .docx (Word: save as text), "
+        "1 .epub (e-book: pandoc -t plain FILE), 1 .pdf (PDF: pdftotext FILE), "
+        "1 .pptx (PowerPoint: save as text), 1 .xlsx (Excel: save as .csv)"
+    )
+
+
 def test_a_pointer_of_git_lfs_is_no_text():
     write("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
     with pytest.raises(ValueError, match="a.txt is a pointer of Git LFS.*git lfs pull"):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -511,6 +512,23 @@ def test_windows_score_each_token_once_and_begin_at_documents_where_they_can(tok
         inside = range(start + 1, min(start + length, len(tokens) - 2) + 1)
         documents = [i for i in inside if tokens[i] == EOT]
         assert end == (documents[-1] if documents else min(start + length, len(tokens) - 1))
+
+
+def plain_windows(documents, last, length):
+    """Window by window."""
+    starts = [0]
+    while (start := starts[-1]) < last:
+        inside = [i for i in documents if start < i <= start + length]
+        starts.append(min(inside[-1] if inside else start + length, last))
+    return [list(span) for span in itertools.pairwise(starts)]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 20))
+def test_windows_equal_those_of_a_plain_loop(lengths, length):
+    ids = np.array([EOT, *sum(([0] * (n - 1) + [EOT] for n in lengths), [])])
+    documents = [0, *np.cumsum(lengths).tolist()[:-1]]
+    expected = plain_windows(documents, len(ids) - 1, length)
+    assert train.windows(ids, EOT, length).tolist() == expected
 
 
 def test_windows_of_a_worked_example():

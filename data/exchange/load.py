@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import lamoe
+from data import one_row
 from data.exchange.gates import without_gates
 from data.exchange.granite import take_factors, with_factors
 from data.exchange.huggingface import (
@@ -31,8 +32,9 @@ def load(path: str | os.PathLike, device: str = "cpu", dtype: torch.dtype | None
     """(model in evaluation mode, tokenizer or None) from a checkpoint or a Hugging Face folder.
 
     dtype: of the weights, torch.float32 or torch.bfloat16; None: as stored. A router stored in fp32
-    stays so, for it computes in fp32 anyway.
+    stays so, for it computes in fp32 anyway. From now on a CPU writes with data/one_row.py.
     """
+    one_row.use()
     if os.path.isdir(path):
         model, tokenizer = load_folder(Path(path), device, dtype)
         checkpoint.check_finite(model, path)

@@ -1,0 +1,147 @@
+"""One text at a time on a CPU, in fp32: the step of lamoe.py written out for a single row.
+
+The model's own code is for any batch and slow with one row, for two reasons. Every operator takes a
+microsecond or two, however small its vectors, and a token of the default model is 246 of them; here
+it is 107. And torch's library (MKL) multiplies a matrix by one row at a third of the speed at which
+memory is read, with one thread; `times_row` does it at that speed, with two.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+import lamoe
+
+LARGE = 2**18  # numbers in a matrix: below, two threads take longer to meet than to multiply
+
+
+def halves(weight: Tensor) -> Tensor:
+    """A matrix as a batch of its upper and lower half, (2, N, D); (1, N, D) if it has no half."""
+    return weight.detach().view(math.gcd(len(weight), 2), -1, weight.shape[-1])
+
+
+def times_row(W_2ND: Tensor, x: Tensor, plus: Tensor | None = None, scale=1.0, threads=1) -> Tensor:
+    """W x, (2, N, 1); or plus + scale * W x, in the shape of `plus`.
+
+    A batch of two products has code of its own in MKL, the fast one if x has the strides of a
+    transposed row. With those of x.view(-1, 1) it takes ten times as long.
+    """
+    D, is_large = x.numel(), threads > 1 and W_2ND.numel() > LARGE
+    x_2D1 = x.as_strided((len(W_2ND), D, 1), (0, 1, D))
+    if is_large:
+        torch.set_num_threads(threads)
+    if plus is None:
+        y = torch.bmm(W_2ND, x_2D1)
+    else:
+        y = torch.baddbmm(plus.view(len(W_2ND), -1, 1), W_2ND, x_2D1, alpha=scale).view_as(plus)
+    if is_large:
+        torch.set_num_threads(1)
+    return y
+
+
+def norm_rows(x_R1K: Tensor, weight: Tensor, eps_1: Tensor) -> Tensor:
+    """RMSNorm of each row: its sum of squares is a product, too."""
+    scale_R11 = torch.baddbmm(eps_1, x_R1K, x_R1K.mT, alpha=1 / x_R1K.shape[-1]).rsqrt_()
+    return x_R1K * weight * scale_R11
+
+
+class Layer:
+    """A block's weights: views, but for those of q, k and v as one matrix."""
+
+    def __init__(self, block: lamoe.Block, c: lamoe.Config):
+        attn, ffn = block.attn, block.ffn
+        self.norms = block.attn_norm.weight.detach(), block.ffn_norm.weight.detach()
+        self.qkv = halves(torch.cat((attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)))
+        self.o = halves(attn.o_proj.weight)
+        if c.qk_norm:  # a weight for each head
+            weights = [attn.q_norm.weight] * c.n_heads + [attn.k_norm.weight] * c.n_kv_heads
+            self.qk_norm_R1K = torch.stack(weights)[:, None].detach()
+        is_sparse = isinstance(ffn, lamoe.MoE)
+        self.router, always = (ffn.router, ffn.shared) if is_sparse else (None, ffn)
+        stacks = zip(*ffn.experts.parameters(), strict=True) if is_sparse else ()
+        self.experts = [[halves(weight) for weight in pair] for pair in stacks]
+        self.always = [([halves(p) for p in always.parameters()], 1.0)] if always else []
+        is_topk = type(self.router) in (lamoe.TopK, lamoe.Noisy)  # in evaluation the same
+        self.topk = halves(self.router.weight) if is_topk else None
+
+    def chosen(self, h_11D: Tensor, ids_11: Tensor) -> list[tuple]:
+        """((gate_up, down), weight) of each expert that counts for this token."""
+        if self.router is None:
+            return self.always
+        if self.topk is None:
+            experts_1A, weights_1A, *_ = self.router(h_11D, ids_11)
+        else:
+            logits_1E = times_row(self.topk, h_11D).view(1, -1)
+            logits_1A, experts_1A = logits_1E.topk(self.router.config.top_k)
+            weights_1A = logits_1A.softmax(-1)
+        pairs = zip(experts_1A[0].tolist(), weights_1A[0].tolist(), strict=True)
+        return [(self.experts[e], weight) for e, weight in pairs if weight] + self.always
+
+
+def on_one_thread(step: Callable) -> Callable:
+    """A step of small operators. torch would give many of them to all threads, which gains nothing;
+    and beside a process that has one of two cores, the default model would take ten times as long.
+    """
+
+    def alone() -> None:
+        n = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            step()
+        finally:
+            torch.set_num_threads(n)
+
+    return alone
+
+
+class RowStep(lamoe.Step):
+    """lamoe.Step, whose `next` is this file's where that is faster."""
+
+    def read(self, ids_BT: Tensor) -> None:
+        super().read(ids_BT)
+        m, c = self.model, self.model.config
+        if len(ids_BT) > 1 or ids_BT.device.type != "cpu":
+            return
+        if self.next == self.run and self.dtype == torch.float32:  # else it is compiled
+            self.next, self.layers = self.run_row, [Layer(block, c) for block in m.blocks]
+            self.norm, self.head = m.norm.weight.detach(), halves(m.head.weight)
+            self.zero_1, self.eps_1 = torch.zeros(1), torch.tensor([c.norm_eps])
+            self.eye_KK = torch.eye(c.head_size)
+        self.threads = torch.get_num_threads()
+        if self.next == self.run_row or c.dim < 256:
+            self.next = on_one_thread(self.next)
+
+    def run_row(self) -> None:
+        """`run`, for one row."""
+        m, c, at, S = self.model, self.model.config, self.position, self.cache.length + 1
+        heads, G, K = (c.n_heads, c.n_kv_heads), c.n_kv_heads, c.head_size
+        product = partial(times_row, threads=self.threads)
+        turn_KK = lamoe.apply_rope(self.eye_KK, m.cos[S - 1], m.sin[S - 1])  # x turned: x @ turn
+        x_11D, self.cache.length = m.embed(self.ids_B1).detach(), S
+        for layer, (k_1GSK, v_1GSK) in zip(self.layers, self.cache.layers, strict=True):
+            h_11D = norm_rows(x_11D, layer.norms[0], self.eps_1)
+            qk_R1K, v_G1K = product(layer.qkv, h_11D).view(-1, 1, K).split((sum(heads), G))
+            if c.qk_norm:
+                qk_R1K = norm_rows(qk_R1K, layer.qk_norm_R1K, self.eps_1)
+            q_HK, k_GK = (qk_R1K[:, 0] @ turn_KK).split(heads)
+            k_GSK = k_1GSK[0].index_copy_(1, at, k_GK[:, None]).narrow(1, 0, S)
+            v_GSK = v_1GSK[0].index_copy_(1, at, v_G1K).narrow(1, 0, S)
+            q_GRK = q_HK.view(G, -1, K)
+            scores_GRS = torch.baddbmm(self.zero_1, q_GRK, k_GSK.mT, alpha=K**-0.5)
+            x_11D = product(layer.o, torch.bmm(scores_GRS.softmax(-1), v_GSK), plus=x_11D)
+            h_11D = norm_rows(x_11D, layer.norms[1], self.eps_1)
+            for (gate_up, down), weight in layer.chosen(h_11D, self.ids_B1):
+                gate_F1, up_F1 = product(gate_up, h_11D).unbind()
+                x_11D = product(down, silu(gate_F1) * up_F1, plus=x_11D, scale=weight)
+        h_11D = norm_rows(x_11D, self.norm, self.eps_1)
+        self.pick(product(self.head, h_11D).view(1, -1), self.ids_B1)
+        self.position += 1
+
+
+def use() -> None:
+    """Lets lamoe.py write single texts with this file from now on."""
+    lamoe.Step = RowStep
