@@ -51,12 +51,12 @@ def recipe(n_bytes: int, given: dict) -> dict:
     because copying from the context is discovered later.
     """
     run = {"batch_size": 16, "grad_accum": 1, "dim": 128, **given}
-    megabytes, width = n_bytes / 1e6, max(1.0, run["dim"] / 128)
+    megabytes, width = max(1, n_bytes) / 1e6, max(1.0, run["dim"] / 128)
     vocab_size = 256 * round(min(2100 * megabytes**0.45, 4096 * width**0.5) / 256)
     seq_len = 2 ** round(math.log2(160 * megabytes**0.18))
     by_size = {"vocab_size": max(512, vocab_size), "seq_len": min(512, max(64, seq_len))}
     tokens = run["batch_size"] * run["grad_accum"] * {**by_size, **given}["seq_len"]
-    share = 3 * tokens / n_bytes  # of the text in a step: a token has some three bytes
+    share = 3 * tokens / max(1, n_bytes)  # of the text in a step: a token has some three bytes
     decay = min(1.0, max(0.1, 105 * share))
     if share < 1 / 600:
         by_size["vocab_size"] = DRAWN["vocab_size"]
