@@ -101,7 +101,7 @@ def test_the_log_of_a_drawn_corpus_has_what_a_fact_costs(capsys):
     (told,) = re.findall(
         r"a name or thing to be recalled costs (\S+) bits", capsys.readouterr().out
     )
-    assert len(scored) == 2 and told == f"{float(best['val_recall_bits']):.3f}"
+    assert len(scored) == 3 and told == f"{float(best['val_recall_bits']):.3f}"
 
 
 def test_facts_mixed_with_a_book_are_scored_apart_beside_their_floor(capsys):
