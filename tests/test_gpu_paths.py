@@ -4,7 +4,6 @@ What asks for a GPU is told that there is one, and what would be compiled to ker
 run as it is (backend "aot_eager"): the same Python, the same graph, without a compiler.
 """
 
-import csv
 from functools import partial
 from unittest import mock
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from conftest import random_ids, random_model, seeds, small_config
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import call
+from tiny_run import call, rows_of
 
 import lamoe
 import train
@@ -161,8 +160,7 @@ def test_a_recorded_training_step_does_what_the_step_does(router, tmp_path):
     ):
         command = ["--out", str(tmp_path / name), "--device", "cuda", compiles, *flags.split()]
         assert call(train, *command) == 0
-        with open(tmp_path / name / "log.csv", newline="") as file:
-            losses.append([float(row["train_loss"]) for row in csv.DictReader(file)])
+        losses.append([float(row["train_loss"]) for row in rows_of(tmp_path / name / "log.csv")])
     assert losses[0] == losses[1]
     noisy = router in ("noisy", "switch")  # whose noise a compiled kernel draws in another order
     assert losses[0][:8] == pytest.approx(losses[2][:8], rel=0.05 if noisy else 0.01)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import encode, random_model, small_config
-from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
+from tiny_run import TINY, all_rows_of, at_training_step, call, make_text, press_ctrl_c, rows_of
 
 import train
 from bpe import Tokenizer
@@ -40,16 +40,6 @@ def workplace(tmp_path, monkeypatch):
 def start(out, *flags, data="text.txt"):
     flags = [word for flag in flags for word in str(flag).split()]
     return call(train, "--data", data, "--out", out, *TINY, *flags)
-
-
-def all_rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def rows_of(path):
-    """Those of training: without that of step 0."""
-    return [row for row in all_rows_of(path) if row["step"] != "0"]
 
 
 # ---------------------------------------------------------------------------------------------

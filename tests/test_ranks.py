@@ -4,14 +4,13 @@ gloo and two processes on a CPU. "One" is a single process with the same flags: 
 of all ranks together.
 """
 
-import csv
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
+from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c, rows_of
 
 import train
 from data import exchange
@@ -42,9 +41,7 @@ def torchrun(folder, *command, check=True):
 
 
 def log_of(run):
-    """The rows of training: all but that of step 0."""
-    with open(run / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))[1:]
+    return rows_of(run / "log.csv")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A run is its flags and its seed: stopped, resumed or repeated, it ends in the same numbers."""
 
-import csv
 import dataclasses
 import itertools
 import json
@@ -22,7 +21,7 @@ import torch
 from conftest import ROUTERS, encode, random_model, small_config
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
+from tiny_run import TINY, all_rows_of, at_training_step, call, make_text, press_ctrl_c, rows_of
 
 import lamoe
 import train
@@ -57,13 +56,11 @@ def resume(out, *flags):
 
 
 def all_of_log(run):
-    with open(Path(run) / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return all_rows_of(Path(run) / "log.csv")
 
 
 def log_of(run):
-    """The rows of training: all but that of step 0."""
-    return all_of_log(run)[1:]
+    return rows_of(Path(run) / "log.csv")
 
 
 def timeless(rows):

@@ -1,5 +1,6 @@
 """A training run that takes a fraction of a second, and the programs called as from a shell."""
 
+import csv
 import os
 import random
 import signal
@@ -30,6 +31,17 @@ def call(program, *arguments):
     finally:
         signal.signal(signal.SIGINT, handler)
     return 0
+
+
+def all_rows_of(path):
+    """Of a log.csv or load.csv."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rows_of(path):
+    """Those of training: all but that of step 0."""
+    return [row for row in all_rows_of(path) if row["step"] != "0"]
 
 
 @contextmanager
