@@ -166,7 +166,7 @@ def left_out(path: Path, members: list[Member]) -> str:
 def some_of(suffixes: Counter) -> list[str]:
     """The commonest of them, as "3 .png (image)"."""
     ordered = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
-    return [f"{n} {suffix}{KIND_OF.get(suffix.lower(), '')}" for suffix, n in ordered[:6]]
+    return [f"{n} {suffix}{KIND_OF.get(suffix, '')}" for suffix, n in ordered[:6]]
 
 
 def is_zip(path: Path) -> bool:

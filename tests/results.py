@@ -137,11 +137,9 @@ def timed(args, given: str) -> None:
     minutes = {"dense": [args.minutes], "sparse": [args.minutes]}
     if args.sparse_minutes or not is_facts:
         minutes["sparse"] = args.sparse_minutes or [args.minutes, round(args.minutes * 2 / 3, 2)]
+    flags = {side: (common, experts, given, vars(args)[side]) for side, experts in sides.items()}
     curves = {}  # {(side, its minutes): [(seconds, bits)] of each seed}
     for seed in args.seeds:
-        flags = {
-            side: (common, experts, given, vars(args)[side]) for side, experts in sides.items()
-        }
         rates = {
             side: speed(args.out / f"speed-{side}-{seed}", *flags[side], steps=args.speed_steps)
             for side in sides
@@ -193,7 +191,7 @@ def draw(curves: dict, target: float, unit: str, path: Path) -> None:
         return print(f"picture    none: {error}")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for i, ((side, m), seeds) in enumerate(curves.items()):
-        colour, style = COLOURS[side == "sparse"], ":" if list(curves).index((side, m)) > 1 else "-"
+        colour, style = COLOURS[side == "sparse"], ":" if i > 1 else "-"
         at = np.linspace(max(s[0] for s, _ in seeds), min(s[-1] for s, _ in seeds), 100)
         bits = np.array([np.interp(at, *curve) for curve in seeds])
         name = f"{side}, {m:g} minutes: {spread([float(b[-1]) for _, b in seeds])}"
@@ -253,7 +251,8 @@ def default(args, given: str) -> None:
     for seed in args.seeds:
         run = args.out / f"seed-{seed}"
         log = train(run, f"--seed {seed}", given)
-        row, bits = best(log), float(best(log)["val_bits_per_byte"])
+        row = best(log)
+        bits = float(row["val_bits_per_byte"])
         print(
             f"seed {seed}: {bits:.3f} bits per byte, {100 * (bits / read_run(run).floor - 1):.2f}% "
             f"above the floor; a recalled name costs {float(row['val_recall_bits']):.3f} bits; "

@@ -36,7 +36,7 @@ def draw(folder: Path, floor: float | None) -> Path:
     pyplot = import_pyplot()
     rows, loads = (list(read_rows(folder / name)) for name in ("log.csv", "load.csv"))
     train, scored, val = bits_per_byte(rows)
-    rows = [row for row in rows if row["train_loss"]]  # step 0 has a validation alone
+    rows = trained(rows)
     lines = len(loads) * (len(loads[0]) - 2) // len(rows) if loads else 0  # layers x experts
     heights = [3.6, min(6.0, 1.2 + 0.12 * lines)] if loads else [3.6]
     figure = pyplot.figure(figsize=(10, sum(heights)), layout="constrained")
@@ -95,6 +95,11 @@ def scale_loss(axes, best: float, floor: float | None) -> None:
             axes.annotate(f"{100 * share:g}% above it", (0.99, share * floor), **RIGHT)
 
 
+def trained(rows: list[dict]) -> list[dict]:
+    """All but that of step 0, which has a validation alone."""
+    return [row for row in rows if row["train_loss"]]
+
+
 def bits_per_byte(rows: list[dict]) -> tuple[list, list, list]:
     """Training loss of the rows that have one, rows with a validation, and their loss; in bits per
     byte.
@@ -106,7 +111,7 @@ def bits_per_byte(rows: list[dict]) -> tuple[list, list, list]:
     if not scored:
         raise ValueError("no evaluation in the log")
     per_nat = float(scored[-1]["val_bits_per_byte"]) / float(scored[-1]["val_loss"])
-    train = [float(row["train_loss"]) * per_nat for row in rows if row["train_loss"]]
+    train = [float(row["train_loss"]) * per_nat for row in trained(rows)]
     return train, scored, [float(row["val_bits_per_byte"]) for row in scored]
 
 
@@ -202,7 +207,7 @@ def plot(folders: list[str], out: str) -> Path:
         for ax, x in zip(axes, AXES, strict=True):
             for run in members:
                 train = above(bits_per_byte(run.rows)[0], floor)
-                at_x = [row[x] for row in run.rows if row["train_loss"]]
+                at_x = [row[x] for row in trained(run.rows)]
                 ax.plot(at_x, train, color=style["color"], alpha=0.3, lw=1)
             xs = np.mean([[row[x] for row in rows] for rows in at], axis=0)
             ax.plot(xs, above(bits.mean(0), floor), label=label, **style)

@@ -51,17 +51,18 @@ def recipe(n_bytes: int, given: dict) -> dict:
     because copying from the context is discovered later.
     """
     run = {"batch_size": 16, "grad_accum": 1, "dim": 128, **given}
-    megabytes, width = max(1, n_bytes) / 1e6, max(1.0, run["dim"] / 128)
+    n_bytes, width = max(1, n_bytes), max(1.0, run["dim"] / 128)
+    megabytes = n_bytes / 1e6
     vocab_size = 256 * round(min(2100 * megabytes**0.45, 4096 * width**0.5) / 256)
     seq_len = 2 ** round(math.log2(160 * megabytes**0.18))
     by_size = {"vocab_size": max(512, vocab_size), "seq_len": min(512, max(64, seq_len))}
     tokens = run["batch_size"] * run["grad_accum"] * {**by_size, **given}["seq_len"]
-    share = 3 * tokens / max(1, n_bytes)  # of the text in a step: a token has some three bytes
-    decay = min(1.0, max(0.1, 105 * share))
-    if share < 1 / 600:
+    share = 3 * tokens / n_bytes  # of the text in a step: a token has some three bytes
+    decay, is_read_once = min(1.0, max(0.1, 105 * share)), share < 1 / 600
+    if is_read_once:
         by_size["vocab_size"] = DRAWN["vocab_size"]
-    muon_ffn = given.get("muon_ffn", share >= 1 / 600)
-    lr, muon_lr = (0.02, 0.04) if muon_ffn else (0.008, 0.02)
+    muon_ffn = given.get("muon_ffn", not is_read_once)
+    lr, muon_lr = (0.02, 0.04) if muon_ffn else (DRAWN["lr"], DRAWN["muon_lr"])
     rates = {"lr": float(f"{lr / width:.1g}"), "muon_lr": muon_lr, "muon_ffn": muon_ffn}
     return {**by_size, **rates, "weight_decay": float(f"{decay:.2g}")}
 
