@@ -3,6 +3,7 @@
 On a CPU, uncompiled. A GPU differs from it in its kernels alone.
 """
 
+import shutil
 from types import SimpleNamespace
 from unittest import mock
 
@@ -114,29 +115,28 @@ def leaves(tree):
     return [tree]
 
 
-def test_a_resume_is_bit_exact_also_from_and_to_runs_without_masters(tmp_path, monkeypatch):
+def test_a_resume_is_bit_exact_and_a_run_without_masters_goes_on_with_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(make_text(), encoding="utf-8")
     flags = ["--data", "text.txt", *TINY, "--dtype", "bf16", "--steps", "12", "--muon_ffn"]
-    with with_masters():
-        assert call(train, *flags, "--out", "straight") == 0
-        with at_training_step(6, press_ctrl_c):
-            assert call(train, *flags, "--out", "run") == 130
+    for name, on in (("run", True), ("plain", False)):
+        with with_masters(on), at_training_step(6, press_ctrl_c):
+            assert call(train, *flags, "--out", name) == 130
+        shutil.copytree(name, f"{name} elsewhere")
     half = checkpoint.read("run/last.pt")
     assert {weight.dtype for weight in half["model"].values()} == {torch.float32}
     states = [state["momentum"] for state in half["optimizers"][0]["state"].values()]
     assert {momentum.dtype for momentum in states} == {torch.bfloat16}
-    (tmp_path / "plain").mkdir()
-    (tmp_path / "plain/last.pt").write_bytes((tmp_path / "run/last.pt").read_bytes())
-    (tmp_path / "plain/log.csv").write_bytes((tmp_path / "run/log.csv").read_bytes())
     with with_masters():
+        assert call(train, *flags, "--out", "straight") == 0
         assert call(train, "--resume", "--out", "run") == 0
+        assert call(train, "--resume", "--out", "plain elsewhere") == 0
+    with with_masters(False):
+        assert call(train, "--resume", "--out", "run elsewhere") == 0
     straight, resumed = (checkpoint.read(f"{name}/last.pt") for name in ("straight", "run"))
     for part in ("model", "optimizers", "meter"):
         for a, b in zip(leaves(straight[part]), leaves(resumed[part]), strict=True):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    with with_masters(False):
-        assert call(train, "--resume", "--out", "plain", "--steps", "12") == 0
 
 
 def test_masters_are_kept_where_a_step_is_recorded_and_nowhere_else(monkeypatch):
