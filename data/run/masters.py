@@ -1,11 +1,11 @@
 """A training step's weights in bf16 on one GPU, with fp32 master weights beside them.
 
 Autocast casts each weight to bf16 in each forward, and its gradient back to fp32. Experts are most
-of a sparse model, and all of them pass through memory in a step, however few a token is sent to:
-there the casts, and gradients and momenta of twice the size, are a twentieth of the time. So what
-Muon trains, of which products of matrices alone make use, is in bf16 itself. Small steps would be
-lost in its 8 bits: they add up in master weights (Micikevicius et al. 2017, arXiv:1710.03740), of
-which the model has a copy, made in the pass that moves them.
+of a sparse model, and all of them pass through memory in a step, however few a token is sent to. So
+what Muon trains, of which products of matrices alone make use, is in bf16 itself, with gradients
+and momenta: 2% less time (32 experts of 512, one H100), and less memory. Small steps would be lost
+in the 8 bits of bf16: they add up in master weights (Micikevicius et al. 2017, arXiv:1710.03740),
+of which the model has a copy, made in the pass that moves them.
 """
 
 import torch
