@@ -358,6 +358,25 @@ def test_a_finished_run_trains_longer_and_its_text_may_have_moved(capsys):
     assert "not the one this run began with" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", ["", "--decay 0.5 --warmup 0"])
+def test_the_command_that_trains_longer_goes_on_after_a_stop(flags, capsys):
+    assert start("resumed", "--steps 4", flags) == 0
+    with at_training_step(1, press_ctrl_c):
+        assert resume("resumed", "--steps 8") == 130
+    for steps in (5, 7):
+        assert resume("resumed", "--steps", steps) == 2
+    assert resume("resumed", "--data text.txt", *TINY, "--steps 8", flags) == 0
+    assert resume("resumed", "--steps 8") == 0
+    assert "it is finished" in capsys.readouterr().out
+    assert checkpoint.read("resumed/last.pt")["done"]["step"] == 8
+
+
+def test_of_rates_that_never_fall_nothing_else_is_said(capsys):
+    start("run", "--steps 3 --decay 0")
+    assert resume("run", "--steps 5") == 0
+    assert "they are 100% now\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("stop", [6, 99])
 def test_a_run_with_a_plateau_goes_on_from_it_as_if_it_had_been_longer(stop, capsys):
     """Stopped on the plateau, or after its decay; every weight, moment and row of the log."""
@@ -415,6 +434,12 @@ def test_fine_tuning_tells_where_it_begins(capsys):
     assert float(before) == pytest.approx(scored, rel=1e-3)
     for row in all_of_log("tuned"):
         assert float(row["val_bits_per_byte"]) == pytest.approx(scored, rel=1e-3)
+
+
+def test_the_folder_of_a_run_is_no_checkpoint(capsys):
+    start("run", "--steps 1")
+    assert call(train, "--data", "text.txt", "--init", "run", "--out", "tuned") == 2
+    assert "run is the folder of a run, not a checkpoint; name" in capsys.readouterr().err
 
 
 def test_rates_of_fine_tuning_fall_with_the_size_of_the_model():
