@@ -121,6 +121,7 @@ def test_a_mixture_logs_and_shows_the_loss_of_each_source(capsys):
     for row in rows:
         parts = [row[column] for column in columns]
         assert all(parts) if row["val_loss"] else not any(parts)
+        assert max(map(len, parts)) <= 8  # as many digits as other columns
         if row["val_loss"]:
             low, high = sorted(map(float, parts))
             assert low <= float(row["val_bits_per_byte"]) <= high
@@ -139,6 +140,17 @@ def test_a_resumed_mixture_keeps_its_columns():
             for column in ("seconds", "tokens_per_s"):
                 row.pop(column, None)
         assert straight == resumed and straight
+
+
+def test_a_source_whose_file_was_renamed_keeps_what_was_logged_of_it():
+    start("run", "--steps 2 --eval_every 1", data=MIXTURE)
+    old = [row["val_bpb_poems"] for row in all_rows_of("run/log.csv")]
+    moved = MIXTURE.replace("poems", "verses")
+    Path("mixed/poems.txt").rename("mixed/verses.txt")
+    assert call(train, "--resume", "--out", "run", "--steps", 3, "--data", moved) == 0
+    rows = all_rows_of("run/log.csv")
+    assert [row["val_bpb_poems"] for row in rows] == [*old, ""]
+    assert [bool(row["val_bpb_verses"]) for row in rows] == [False, False, False, True]
 
 
 def test_resume_notices_that_the_text_changed(capsys):

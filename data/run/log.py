@@ -221,11 +221,13 @@ class Table:
     """
 
     def __init__(self, path: Path, step: int, columns: list[str]):
+        rows, text = rows_until(step, path) if step else [], io.StringIO(newline="")
+        # A source whose file has another name by now keeps what was logged of it, too.
+        columns = [*columns, *(name for name in (rows or [{}])[0] if name not in (*columns, None))]
         self.path, self.columns = path, columns
-        text = io.StringIO(newline="")
         writer = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rows_until(step, path) if step else [])
+        writer.writerows(rows)
         write_text(path, text.getvalue())
 
     def write(self, row: dict) -> None:
@@ -233,7 +235,7 @@ class Table:
             writer = csv.DictWriter(file, self.columns)
             if not file.tell():  # somebody deleted it
                 writer.writeheader()
-            writer.writerow({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
     def flush(self) -> None:
         with open(self.path, "a") as file:
