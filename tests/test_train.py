@@ -74,7 +74,8 @@ def leaves(tree, path=""):
         for key, value in items:
             yield from leaves(value, f"{path}/{key}")
     elif isinstance(tree, torch.Tensor):
-        yield path, (tree.dtype, tree.shape, tree.contiguous().numpy().tobytes())
+        numbers = tree.reshape(-1).view(torch.uint8)  # numpy has no bf16
+        yield path, (tree.dtype, tree.shape, numbers.numpy().tobytes())
     else:
         yield path, tree
 

@@ -21,10 +21,9 @@ RUN = "--data text.txt --steps 4 --batch_size 2 --seq_len 16 --dtype fp32 --devi
 
 @pytest.fixture(autouse=True)
 def as_it_was(tmp_path, monkeypatch):
-    """An empty folder with a text; routers that a test adds are gone after it."""
+    """An empty folder with a text."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(lamoe, "ROUTERS", dict(lamoe.ROUTERS))
     Path("text.txt").write_text(make_text(), encoding="utf-8")
 
 

@@ -20,6 +20,7 @@ import torch
 import lamoe
 from data.run import ranks
 from data.run.files import first_free, write_text
+from data.run.routers import run_and_router
 
 COLUMNS = "step tokens flops train_loss val_loss val_bits_per_byte lr grad_norm".split()
 COLUMNS += "aux balance z load_max_over_mean load_min_over_mean dead_experts dropped".split()
@@ -181,7 +182,7 @@ def warn_of_slowness(speed: float, best: float, run) -> float:
     print_line(
         f"slow       {speed:,.0f} tokens/s, and it was {best:,.0f}: another program uses this CPU; "
         f"stop it, or leave it a core: OMP_NUM_THREADS={max(1, torch.get_num_threads() - 1)} "
-        f"python train.py --resume --out {run.folder}"
+        f"python train.py --resume --out {run_and_router(run.folder, run.model.config.router)}"
     )
     return speed  # said again only after another fall
 

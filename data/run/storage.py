@@ -15,7 +15,7 @@ from data.run.files import first_free, lock_folder, make_folder, remove_leftover
 from data.run.flags import first_line
 from data.run.log import print_line
 from data.run.presets import PLACES
-from data.run.routers import UnknownRouter
+from data.run.routers import UnknownRouter, run_and_router
 
 RUN_FILES = ("last.pt", "best.pt", "plateau.pt", "log.csv", "load.csv", "config.json")
 NOTHING_DONE = {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
@@ -58,8 +58,8 @@ def new_folder(flags: dict) -> Path:
         folder = first_free(Path("runs") / Path(flags.get("data", "stories")).resolve().stem)
     if holds_a_run(folder):
         raise ValueError(
-            f"{folder} already holds a run; go on: python train.py --resume --out {folder}; "
-            f"or choose another --out"
+            f"{folder} already holds a run; go on: python train.py --resume --out "
+            f"{run_and_router(folder, flags.get('router', ''))}; or choose another --out"
         )
     existing = next(f for f in (folder, *folder.absolute().parents) if f.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -222,4 +222,6 @@ REMEDIES = {  # an error of the disk, and what to do
 
 def remedy(error: Exception) -> str:
     """What to add to the line of an error."""
+    if type(error).__module__.startswith("torch._dynamo"):  # a router of one's own, of many shapes
+        return "; try --no-compile"
     return REMEDIES.get(getattr(error, "errno", None), "")
