@@ -290,3 +290,17 @@ def test_one_of_too_many_shapes_ends_in_a_remedy(compiling, capsys):
     assert call(train, *compiling, "--steps", 20, "--out", "run") == 2
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == 1 and printed[0].endswith("; try --no-compile")
+
+
+def test_a_run_does_not_start_over_because_another_routers_file_was_named(capsys):
+    written(TOP2)
+    written(KINDS[UNUSED].replace("self.line", "self.other"), "other.py")
+    assert call(train, *TINY, *RUN, "--router", "mine.py", "--out", "run") == 0
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    capsys.readouterr()
+    again = ["--resume", "--out", "run", "--steps", 9]
+    assert call(train, *again, "--router", "other.py") == 2
+    printed = capsys.readouterr().err
+    assert "error: run/last.pt does not fit other.py: " in printed and "other.weight" in printed
+    assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
+    assert call(train, *again, "--router", "mine.py") == 0

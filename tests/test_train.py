@@ -309,6 +309,26 @@ def test_resume_without_a_usable_checkpoint_starts_over_and_keeps_the_old_files(
     assert state_of("straight/last.pt") == state_of("run/last.pt")
 
 
+@pytest.mark.parametrize("flags", ["", "--steps 8", "--steps 8 --router deepseek"])
+def test_a_damaged_run_does_not_start_over_on_another_text(flags, capsys):
+    """More steps, or a router's file, go with a run: they don't say what it was."""
+    start("run", "--steps 2")
+    truncate(Path("run/last.pt"))
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    assert resume("run", flags) == 2
+    assert "repeat them, at least --data" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
+
+
+@pytest.mark.parametrize("out", ["", "--out run"])
+def test_resume_with_a_text_and_nothing_else_begins_where_there_is_no_run(out, monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "laptop", {"steps": 1, "dim": 16, "batch_size": 2})
+    for _ in range(2):
+        assert call(train, "--resume", "--data", "text.txt", "--device", "cpu", *out.split()) == 0
+    (run,) = [path.parent for path in Path().rglob("last.pt")]
+    assert checkpoint.read(run / "last.pt")["train_config"]["data"] == "text.txt"
+
+
 def test_starting_over_twice_keeps_the_first_old_files_too():
     start("run", "--steps 2")
     first = Path("run/best.pt").read_bytes()

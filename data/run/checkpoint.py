@@ -18,7 +18,7 @@ import lamoe
 from data.foreign import tokenizer_from_state
 from data.run.files import replacing
 from data.run.flags import first_line
-from data.run.routers import BUILT_IN, check_router, with_built_in
+from data.run.routers import BUILT_IN, FILES, RouterNeeded, check_router, with_built_in
 
 
 def save(path, checkpoint: dict) -> None:
@@ -90,7 +90,7 @@ def check_parts(checkpoint, size: int) -> None:
 
 def build(checkpoint: dict, path):
     """(model, tokenizer or None) from what `read` returned; path is for the messages."""
-    check_router(checkpoint["config"], path)
+    router = check_router(checkpoint["config"], path)
     try:
         config = lamoe.Config(**checkpoint["config"])
         check_shapes(config, checkpoint["model"])
@@ -98,6 +98,8 @@ def build(checkpoint: dict, path):
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
+        if router in FILES:  # perhaps it is another one's file
+            raise RouterNeeded(f"{path} does not fit {FILES[router]}: {reason}") from None
         raise ValueError(f"{path} does not fit this version of LaMoE: {reason}") from None
     state = checkpoint.get("tokenizer")
     try:

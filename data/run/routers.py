@@ -130,15 +130,16 @@ def run_and_router(folder, name: str) -> str:
     return quoted(folder) + (f" --router {quoted(FILES[name])}" if name in FILES else "")
 
 
-class UnknownRouter(ValueError):
-    """Raised for a checkpoint whose router is not in lamoe.ROUTERS (yet)."""
+class RouterNeeded(ValueError):
+    """Raised for a checkpoint whose router is another than those of lamoe.ROUTERS (yet)."""
 
 
-def check_router(config, path) -> None:
-    """UnknownRouter unless the router that a checkpoint's config names is there."""
+def check_router(config, path):
+    """The router that a checkpoint's config names; RouterNeeded unless it is there."""
     name = config.get("router", "topk") if isinstance(config, dict) else "topk"
     if isinstance(name, str) and name not in lamoe.ROUTERS:
-        raise UnknownRouter(
+        raise RouterNeeded(
             f"{path}: its router {name!r:.40} is not one of lamoe.py; if it is one of your own, "
             f"name its file: --router FILE.py"
         )
+    return f"{name}"
