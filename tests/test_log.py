@@ -98,7 +98,8 @@ def test_facts_mixed_with_a_book_are_scored_apart_beside_their_floor(capsys):
     flags = ["--steps 2 --draw_mb 1"]
     assert start("run", *flags, data="facts,text.txt") == 0
     shown = r"by source  facts \d\.\d{4} \(floor \d\.\d{4}\)  text \d\.\d{4}"
-    assert re.search(shown, capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(shown, printed) and "partly generated text of 0.9" in printed
     last = rows_of("run/log.csv")[-1]
     assert float(last["val_bpb_facts"]) > 0 < float(last["val_bpb_text"])
     assert call(train, "--resume", "--out", "run") == 0
@@ -255,6 +256,16 @@ def test_plot_averages_seeds_and_names_runs_by_what_differs(pyplot):
     assert [label for label in labels if label.startswith("runs/b: ")]
     figure = figure_of(pyplot, lambda: call(train, "--plot", "runs/a0", "--out", "all"))
     assert figure.axes[0].lines[-1].get_label().startswith("runs/a0: ")
+
+
+def test_a_run_named_twice_is_no_second_seed_and_an_empty_flag_is_none(pyplot):
+    start("a", "--steps 2")
+    flags = ["--init", "a/best.pt", "--device", "cpu", "--dtype", "fp32", "--steps", 2]
+    assert call(train, "--data", "text.txt", *flags, "--out", "b") == 0
+    figure = figure_of(pyplot, lambda: call(train, "--plot", "a", "a/", "b", "--out", "all"))
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert not [label for label in labels if "seeds" in label]
+    assert [label for label in labels if "init none" in label and "tokenizer bytes" in label]
 
 
 def test_where_a_floor_is_known_the_picture_is_of_what_is_above_it(pyplot, capsys):
@@ -495,7 +506,8 @@ def test_threads_hardly_spin_unless_the_user_says_so(program, environment, round
 
 def test_a_fall_of_the_speed_is_said_once_with_a_remedy(capsys):
     """Rows at 1,000 tokens per second, then twice at 100, as another program takes the CPU."""
-    run = SimpleNamespace(settings=SimpleNamespace(device="cpu"), folder="runs/x")
+    model = random_model(small_config())
+    run = SimpleNamespace(settings=SimpleNamespace(device="cpu"), folder="runs/x", model=model)
     speeds, best = [1000.0, 100.0, 100.0, 1000.0, 240.0], 0.0
     for speed in speeds:
         best = log.warn_of_slowness(speed, best, run)

@@ -879,7 +879,9 @@ def test_the_recipe_where_it_was_measured():
     assert presets.recipe(4_301_984, {"seq_len": 128})["weight_decay"] == 0.15
 
 
-@pytest.mark.parametrize("data, kind", [("stories", "generated"), ("text.txt,facts", "real")])
+@pytest.mark.parametrize(
+    "data, kind", [("stories", "generated"), ("text.txt,facts", "partly generated")]
+)
 def test_what_was_chosen_and_for_which_text_is_printed_and_kept(data, kind, capsys):
     flags = words(["--draw_mb 1 --steps 1 --out run --data", data])
     assert call(train, *TINY, *flags, "--seq_len", 256) == 0

@@ -42,12 +42,14 @@ def introduce(run) -> None:
         )
         print_line("           router nothing; try --router switch, or --top_k 2")
     on = "attention and experts" if settings.muon_ffn else "attention"
-    kind = "real" if data.corpus.floor is None else "generated"
+    corpus, size = data.corpus, n_bytes / 1e6
+    kind = "partly generated" if corpus.floors else "real" if corpus.floor is None else "generated"
+    size = f"{size:.1f}" if size >= 1 else f"{size:.2g}"
     times = settings.steps * settings.grad_accum * tokens / n
     kind = f"{settings.init}, now on {kind}" if settings.init else kind
     frozen = ", routers frozen" if settings.freeze_router else ""
     print_line(
-        f"recipe     for {kind} text of {n_bytes / 1e6:.1f} MB, read {times:.2g} times: Muon "
+        f"recipe     for {kind} text of {size} MB, read {times:.2g} times: Muon "
         f"{settings.muon_lr:g} on {on}, AdamW {settings.lr:g}, decay {settings.weight_decay:g}"
         f"{frozen}"
     )

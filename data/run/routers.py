@@ -134,7 +134,7 @@ class RouterNeeded(ValueError):
     """Raised for a checkpoint whose router is another than those of lamoe.ROUTERS (yet)."""
 
 
-def check_router(config, path):
+def check_router(config, path) -> str:
     """The router that a checkpoint's config names; RouterNeeded unless it is there."""
     name = config.get("router", "topk") if isinstance(config, dict) else "topk"
     if isinstance(name, str) and name not in lamoe.ROUTERS:
