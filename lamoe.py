@@ -354,7 +354,7 @@ def sorted_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: T
     ends_E = (flat_P[:, None] == expert_E).sum(0).cumsum(0, dtype=torch.int32)
     x_PD = Gather.apply(x_ND, token_P1, slot_NA)
     # The weights go out in the same order: each is a token of its own, with a single copy.
-    weight_P1 = weights_NA.to(x_ND.dtype).view(-1, 1)
+    weight_P1 = weights_NA.to(x_ND.dtype).reshape(-1, 1)
     weight_P1 = Gather.apply(weight_P1, order_P[:, None], slot_P[:, None])
     gate_up, down = (p.to(x_ND.dtype) for p in experts.parameters())
     return Gather.apply(run_grouped(x_PD, weight_P1, gate_up, down, ends_E), slot_NA, token_P1)
@@ -722,11 +722,11 @@ class LaMoE(nn.Module):
         logits_BTV, loss = self.predict(x_BTD, targets_BT, return_logits)
         zero = self.cos.new_zeros(())
         balance, z, dropped = (sum((r[i] for r in routings), zero) for i in (4, 5, 6))
-        loads = [zero.new_zeros(0, c.n_experts), *(r.load_E[None] for r in routings)]
+        load_LE = torch.cat([zero.new_zeros(0, c.n_experts), *(r.load_E[None] for r in routings)])
         rows = zip(*(r[:3] for r in routings), strict=True) if return_experts else ()
-        seen = (torch.stack(row).unflatten(1, ids_BT.shape) for row in rows if row[0] is not None)
-        sums = balance, z, torch.cat(loads), dropped / max(1, len(routings))
-        return Output(logits_BTV, loss, *sums, *seen)
+        rows = ([x.T for x in row] for row in rows if row[0] is not None)  # A may vary: pad it
+        seen = (nn.utils.rnn.pad_sequence(row, True).mT.unflatten(1, ids_BT.shape) for row in rows)
+        return Output(logits_BTV, loss, balance, z, load_LE, dropped / max(1, len(routings)), *seen)
 
     def predict(self, x_BTD, targets_BT, return_logits) -> tuple[Tensor | None, Tensor | None]:
         """Logits, and their cross-entropy in fp32 where targets are given."""

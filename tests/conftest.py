@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 import lamoe
 from data import datasets
+from data.run import routers
 
 collect_ignore = ["routers"]  # each adds itself to lamoe.ROUTERS; test_own_routers.py loads them
 torch.set_num_threads(1)  # same sums in the same order everywhere, and no quarrel over the cores
@@ -90,6 +92,18 @@ def cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(datasets, "CACHE", folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_router_stays(monkeypatch):
+    """What the file of a router of one's own leaves behind is gone after the test."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with (
+        mock.patch.dict(lamoe.ROUTERS),
+        mock.patch.dict(routers.FILES),
+        mock.patch.dict(routers.OWN_CODE),
+    ):
+        yield
 
 
 MATPLOTLIB = []  # imported once: its parts must not meet those of a second import

@@ -13,7 +13,6 @@ conditions of the seed's own runs, which gives numbers of steps, so that a run's
 its time ends. The seconds it took in the end are printed.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -26,7 +25,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from data.run.flags import one_line_errors  # noqa: E402
+from data.run.flags import OneLineParser, number, one_line_errors  # noqa: E402
 from data.run.log import read_rows  # noqa: E402
 from data.run.pictures import COLOURS, import_pyplot, read_run, save  # noqa: E402
 
@@ -79,7 +78,7 @@ def train(run: Path, *flags: str, **environment: str) -> list[dict]:
     """The log of a run of train.py: made, finished, or only read."""
     words = [word for part in flags for word in shlex.split(part)]
     command, made = shlex.join(["python", "train.py", *words]), Path(f"{run}.command")
-    if made.exists() and made.read_text() != command:
+    if run.exists() and made.exists() and made.read_text() != command:
         raise ValueError(f"{run} is from another command: {made.read_text()}; try another --out")
     made.parent.mkdir(parents=True, exist_ok=True)
     made.write_text(command)
@@ -262,18 +261,21 @@ def default(args, given: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    about = __doc__.splitlines()[0]
+    parser = OneLineParser("tests/results.py", description=about, allow_abbrev=False)
     cases = {"default": default, "sparse": timed, "routers": routers, "facts": timed}
     parser.add_argument("case", nargs="?", choices=[*cases, "speed"])
-    parser.add_argument("--seeds", type=int, default=0, help="how many (5; default: 1)")
-    parser.add_argument("--only", type=int, help="the runs of this seed alone, and no picture")
-    parser.add_argument("--minutes", type=float, default=5, help="for each run of facts, sparse")
-    parser.add_argument("--sparse_minutes", type=float, nargs="+", help="for the sparse runs")
+    count, seed = (number(int, lambda n, m=m: n >= m, f"{m} or more") for m in (1, 0))
+    minutes = number(float, lambda m: 0 < m < 1e6, "above 0")
+    parser.add_argument("--seeds", type=count, default=0, help="how many (5; default: 1)")
+    parser.add_argument("--only", type=seed, help="the runs of this seed alone, and no picture")
+    parser.add_argument("--minutes", type=minutes, default=5, help="for each run of facts, sparse")
+    parser.add_argument("--sparse_minutes", type=minutes, nargs="+", help="for the sparse runs")
     for side in ("dense", "sparse"):
         parser.add_argument(f"--{side}", default="", help=f'"FLAGS" of the {side} side alone')
     parser.add_argument("--data", help="a text, for sparse and routers")
-    parser.add_argument("--rounds", type=int, default=7, help="of the time of a step, for routers")
-    parser.add_argument("--speed_steps", type=int, default=100, help="of a run to measure speed")
+    parser.add_argument("--rounds", type=seed, default=7, help="of the time of a step, for routers")
+    parser.add_argument("--speed_steps", type=count, default=100, help="of a run to measure speed")
     parser.add_argument("--out", type=Path, help="folder of the runs (runs/NAME)")
     args, given = parser.parse_known_args()
     if not args.case:

@@ -181,6 +181,17 @@ def test_results_of_a_series_are_made_by_several_processes_and_nothing_twice(pri
     assert text.startswith("error: runs/facts/speed-dense-0 is from another command")
 
 
+@pytest.mark.parametrize("mistake", ["--sees 2", "--seeds -1", "--minutes nan", "--only -1"])
+def test_a_mistake_on_the_command_line_of_results_is_one_line_and_leaves_nothing(
+    mistake, printed, tmp_path
+):
+    told = printed("results.py", "facts", *TIMED, *mistake.split(), code=2)
+    assert told.startswith("error: ") and told.count("\n") == 1 and mistake.split()[0] in told
+    assert not [path for path in tmp_path.glob("runs/facts/*") if path.is_dir()]
+    if mistake == "--sees 2":  # it was train.py's mistake to find
+        assert "picture " in printed("results.py", "facts", *TIMED, "--seeds", 1)
+
+
 def test_results_prints_the_table_of_the_readme(printed):
     flags = ["--data", "book.txt", "--seeds", 1, "--rounds", 1, "--steps", 2, *TINY.split()]
     rows = printed("results.py", "routers", *flags).splitlines()[-9:]

@@ -98,7 +98,8 @@ def test_facts_mixed_with_a_book_are_scored_apart_beside_their_floor(capsys):
     flags = ["--steps 2 --draw_mb 1"]
     assert start("run", *flags, data="facts,text.txt") == 0
     shown = r"by source  facts \d\.\d{4} \(floor \d\.\d{4}\)  text \d\.\d{4}"
-    assert re.search(shown, capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(shown, printed) and "partly generated text of 0.9" in printed
     last = rows_of("run/log.csv")[-1]
     assert float(last["val_bpb_facts"]) > 0 < float(last["val_bpb_text"])
     assert call(train, "--resume", "--out", "run") == 0
@@ -121,6 +122,7 @@ def test_a_mixture_logs_and_shows_the_loss_of_each_source(capsys):
     for row in rows:
         parts = [row[column] for column in columns]
         assert all(parts) if row["val_loss"] else not any(parts)
+        assert max(map(len, parts)) <= 8  # as many digits as other columns
         if row["val_loss"]:
             low, high = sorted(map(float, parts))
             assert low <= float(row["val_bits_per_byte"]) <= high
@@ -139,6 +141,17 @@ def test_a_resumed_mixture_keeps_its_columns():
             for column in ("seconds", "tokens_per_s"):
                 row.pop(column, None)
         assert straight == resumed and straight
+
+
+def test_a_source_whose_file_was_renamed_keeps_what_was_logged_of_it():
+    start("run", "--steps 2 --eval_every 1", data=MIXTURE)
+    old = [row["val_bpb_poems"] for row in all_rows_of("run/log.csv")]
+    moved = MIXTURE.replace("poems", "verses")
+    Path("mixed/poems.txt").rename("mixed/verses.txt")
+    assert call(train, "--resume", "--out", "run", "--steps", 3, "--data", moved) == 0
+    rows = all_rows_of("run/log.csv")
+    assert [row["val_bpb_poems"] for row in rows] == [*old, ""]
+    assert [bool(row["val_bpb_verses"]) for row in rows] == [False, False, False, True]
 
 
 def test_resume_notices_that_the_text_changed(capsys):
@@ -243,6 +256,16 @@ def test_plot_averages_seeds_and_names_runs_by_what_differs(pyplot):
     assert [label for label in labels if label.startswith("runs/b: ")]
     figure = figure_of(pyplot, lambda: call(train, "--plot", "runs/a0", "--out", "all"))
     assert figure.axes[0].lines[-1].get_label().startswith("runs/a0: ")
+
+
+def test_a_run_named_twice_is_no_second_seed_and_an_empty_flag_is_none(pyplot):
+    start("a", "--steps 2")
+    flags = ["--init", "a/best.pt", "--device", "cpu", "--dtype", "fp32", "--steps", 2]
+    assert call(train, "--data", "text.txt", *flags, "--out", "b") == 0
+    figure = figure_of(pyplot, lambda: call(train, "--plot", "a", "a/", "b", "--out", "all"))
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert not [label for label in labels if "seeds" in label]
+    assert [label for label in labels if "init none" in label and "tokenizer bytes" in label]
 
 
 def test_where_a_floor_is_known_the_picture_is_of_what_is_above_it(pyplot, capsys):
@@ -483,7 +506,8 @@ def test_threads_hardly_spin_unless_the_user_says_so(program, environment, round
 
 def test_a_fall_of_the_speed_is_said_once_with_a_remedy(capsys):
     """Rows at 1,000 tokens per second, then twice at 100, as another program takes the CPU."""
-    run = SimpleNamespace(settings=SimpleNamespace(device="cpu"), folder="runs/x")
+    model = random_model(small_config())
+    run = SimpleNamespace(settings=SimpleNamespace(device="cpu"), folder="runs/x", model=model)
     speeds, best = [1000.0, 100.0, 100.0, 1000.0, 240.0], 0.0
     for speed in speeds:
         best = log.warn_of_slowness(speed, best, run)

@@ -32,12 +32,10 @@ CAUSAL = ["hash_router", "top_p"]
 
 @pytest.fixture(autouse=True)
 def as_it_was(tmp_path, monkeypatch):
-    """In an empty folder with a text; routers that a test adds are gone after it."""
+    """In an empty folder with a text."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # it takes longer than the training
     Path("text.txt").write_text(make_text(), encoding="utf-8")
-    with mock.patch.dict(lamoe.ROUTERS):
-        yield
 
 
 def model_of(file, seed=0, **changes):

@@ -4,17 +4,20 @@ gloo and two processes on a CPU. "One" is a single process with the same flags: 
 of all ranks together.
 """
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c, rows_of
 
+import lamoe
 import train
 from data import exchange
-from data.run import checkpoint, ranks
+from data.run import checkpoint, ranks, routers
 
 ROOT = Path(__file__).parents[1]
 CASES = {  # flags beyond the common ones
@@ -28,7 +31,22 @@ CASES = {  # flags beyond the common ones
     "dense": "--n_experts 1",
     "frozen": "--freeze_router",
     "frozen-fsdp": "--freeze_router --router deepseek --fsdp",
+    "own": "--router own.py",
+    "own-fsdp": "--router own.py --fsdp",
 }
+OWN = """
+import lamoe
+
+class Own(lamoe.TopK):  # self.weight is not used, and stays without a gradient
+    def __init__(self, c):
+        super().__init__(c)
+        self.line = lamoe.nn.Linear(c.dim, c.n_experts)
+
+    def logits(self, x_BTD):
+        return self.line(x_BTD.flatten(0, -2))
+
+lamoe.ROUTERS["own"] = Own
+"""
 COMMON = "--data text.txt --steps 20 --log_every 1 --eval_every 10 --save_every 100 --n_layers 2"
 COMMON = [*TINY, *COMMON.split()]
 
@@ -49,10 +67,18 @@ def runs(tmp_path_factory):
     """The folder in which all runs were made, by two ranks and by one."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "text.txt").write_text(make_text())
+    (folder / "own.py").write_text(OWN)
     lines = [f"0 {' '.join(COMMON)} {flags} --out {name}-2" for name, flags in CASES.items()]
     for name in ("topk", "topk-fsdp"):  # to be resumed by one process
         lines.append(f"8 {' '.join(COMMON)} {CASES[name]} --out {name}-then-1")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        for known in (
+            lamoe.ROUTERS,
+            routers.FILES,
+            routers.OWN_CODE,
+        ):  # what own.py adds is gone afterwards
+            stack.enter_context(mock.patch.dict(known))
+        patch.setattr(sys, "path", [*sys.path])
         patch.chdir(folder)
         patch.setitem(sys.modules, "matplotlib", None)  # no pictures
         for name, flags in CASES.items():

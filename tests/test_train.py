@@ -74,7 +74,8 @@ def leaves(tree, path=""):
         for key, value in items:
             yield from leaves(value, f"{path}/{key}")
     elif isinstance(tree, torch.Tensor):
-        yield path, (tree.dtype, tree.shape, tree.contiguous().numpy().tobytes())
+        numbers = tree.reshape(-1).view(torch.uint8)  # numpy has no bf16
+        yield path, (tree.dtype, tree.shape, numbers.numpy().tobytes())
     else:
         yield path, tree
 
@@ -308,6 +309,26 @@ def test_resume_without_a_usable_checkpoint_starts_over_and_keeps_the_old_files(
     assert state_of("straight/last.pt") == state_of("run/last.pt")
 
 
+@pytest.mark.parametrize("flags", ["", "--steps 8", "--steps 8 --router deepseek"])
+def test_a_damaged_run_does_not_start_over_on_another_text(flags, capsys):
+    """More steps, or a router's file, go with a run: they don't say what it was."""
+    start("run", "--steps 2")
+    truncate(Path("run/last.pt"))
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    assert resume("run", flags) == 2
+    assert "repeat them, at least --data" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
+
+
+@pytest.mark.parametrize("out", ["", "--out run"])
+def test_resume_with_a_text_and_nothing_else_begins_where_there_is_no_run(out, monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "laptop", {"steps": 1, "dim": 16, "batch_size": 2})
+    for _ in range(2):
+        assert call(train, "--resume", "--data", "text.txt", "--device", "cpu", *out.split()) == 0
+    (run,) = [path.parent for path in Path().rglob("last.pt")]
+    assert checkpoint.read(run / "last.pt")["train_config"]["data"] == "text.txt"
+
+
 def test_starting_over_twice_keeps_the_first_old_files_too():
     start("run", "--steps 2")
     first = Path("run/best.pt").read_bytes()
@@ -356,6 +377,25 @@ def test_a_finished_run_trains_longer_and_its_text_may_have_moved(capsys):
     Path("moved.txt").write_text("another text " * 500)
     assert resume("run", "--steps 9") == 2
     assert "not the one this run began with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["", "--decay 0.5 --warmup 0"])
+def test_the_command_that_trains_longer_goes_on_after_a_stop(flags, capsys):
+    assert start("resumed", "--steps 4", flags) == 0
+    with at_training_step(1, press_ctrl_c):
+        assert resume("resumed", "--steps 8") == 130
+    for steps in (5, 7):
+        assert resume("resumed", "--steps", steps) == 2
+    assert resume("resumed", "--data text.txt", *TINY, "--steps 8", flags) == 0
+    assert resume("resumed", "--steps 8") == 0
+    assert "it is finished" in capsys.readouterr().out
+    assert checkpoint.read("resumed/last.pt")["done"]["step"] == 8
+
+
+def test_of_rates_that_never_fall_nothing_else_is_said(capsys):
+    start("run", "--steps 3 --decay 0")
+    assert resume("run", "--steps 5") == 0
+    assert "they are 100% now\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stop", [6, 99])
@@ -415,6 +455,12 @@ def test_fine_tuning_tells_where_it_begins(capsys):
     assert float(before) == pytest.approx(scored, rel=1e-3)
     for row in all_of_log("tuned"):
         assert float(row["val_bits_per_byte"]) == pytest.approx(scored, rel=1e-3)
+
+
+def test_the_folder_of_a_run_is_no_checkpoint(capsys):
+    start("run", "--steps 1")
+    assert call(train, "--data", "text.txt", "--init", "run", "--out", "tuned") == 2
+    assert "run is the folder of a run, not a checkpoint; name" in capsys.readouterr().err
 
 
 def test_rates_of_fine_tuning_fall_with_the_size_of_the_model():
@@ -833,7 +879,9 @@ def test_the_recipe_where_it_was_measured():
     assert presets.recipe(4_301_984, {"seq_len": 128})["weight_decay"] == 0.15
 
 
-@pytest.mark.parametrize("data, kind", [("stories", "generated"), ("text.txt,facts", "real")])
+@pytest.mark.parametrize(
+    "data, kind", [("stories", "generated"), ("text.txt,facts", "partly generated")]
+)
 def test_what_was_chosen_and_for_which_text_is_printed_and_kept(data, kind, capsys):
     flags = words(["--draw_mb 1 --steps 1 --out run --data", data])
     assert call(train, *TINY, *flags, "--seq_len", 256) == 0

@@ -21,10 +21,9 @@ RUN = "--data text.txt --steps 4 --batch_size 2 --seq_len 16 --dtype fp32 --devi
 
 @pytest.fixture(autouse=True)
 def as_it_was(tmp_path, monkeypatch):
-    """An empty folder with a text; routers that a test adds are gone after it."""
+    """An empty folder with a text."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(lamoe, "ROUTERS", dict(lamoe.ROUTERS))
     Path("text.txt").write_text(make_text(), encoding="utf-8")
 
 
@@ -54,9 +53,9 @@ def tokenizer_files():
     return tokenizer_files(Tokenizer([]))
 
 
-def ours(**changes):
+def ours(ffn=24, **changes):
     """dense.pt, a checkpoint of ours."""
-    model = random_model(small_config(vocab_size=257, hidden_dim=24, n_experts=1, **changes))
+    model = random_model(small_config(vocab_size=257, hidden_dim=ffn, n_experts=1, **changes))
     parts = {"config": vars(model.config), "model": model.state_dict()}
     checkpoint.save("dense.pt", {**parts, "tokenizer": Tokenizer([]).state()})
     return model
@@ -174,10 +173,15 @@ def test_what_transformers_opens_after_it_equals_what_it_opened_before(tmp_path)
         ("--router noisy --hidden_dim 6", "do not begin as the dense model"),
         ("--router deepseek --hidden_dim 6 --n_experts 12 --n_groups 2", "do not begin as"),
         ("--hidden_dim 7", "--hidden_dim 7 does not divide the 24 hidden units of dense.pt"),
-        ("--hidden_dim 48", "--hidden_dim 48 does not divide"),
+        (
+            "--hidden_dim 48",
+            "--hidden_dim 48 does not divide the 24 hidden units of dense.pt; leave ",
+        ),
+        ("--hidden_dim 9", "leave it out, or try --hidden_dim 12"),
         ("--hidden_dim 8", "--n_experts 8 is no multiple of 3: experts of 8 hidden units are 3"),
         ("--hidden_dim 12 --top_k 3", "--top_k 3 is no multiple of 2: experts of 12 hidden"),
         ("--n_dense_layers 1", "1 dense layers of top_k x hidden_dim hidden units are not the 24"),
+        ("--n_dense_layers 2", "--n_dense_layers 2 leaves no experts; leave it out"),
         ("--dim 32", "--dim 32 differs from the 16 of dense.pt"),
     ],
 )
@@ -188,3 +192,11 @@ def test_what_would_not_begin_as_the_dense_model_is_refused_in_one_line(flags, t
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == 1 and told in printed[0], printed
     assert not Path("run").exists()
+
+
+def test_the_width_that_a_remedy_names_divides(capsys):
+    ours(ffn=9)
+    for width, remedy in ((4, 3), (0, 3), (9 * 9, 3)):
+        line = ["--init", "dense.pt", "--n_experts", 9, *RUN, "--hidden_dim", width]
+        assert call(train, *line, "--out", "run") == 2
+        assert f"try --hidden_dim {remedy}\n" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """Seeing experts: where the routers of a model send each token of a text.
 
 What `python sample.py --show_experts` prints: the text, each token in the colour of its first
-expert (the one that the router prefers), and tables of which expert comes first for what. With
+expert (the one that counts most), and tables of which expert comes first for what. With
 `--html FILE` the text is also a page for a browser.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import bpe
@@ -34,7 +35,7 @@ class RoutedText(NamedTuple):
     source: str  # its file, or "text 1"
     ids: list[int]
     pieces: list[str]  # the text of each token; a character of several comes with the last of them
-    experts_LTA: Tensor  # L layers that have experts; the first of A is the one preferred
+    experts_LTA: Tensor  # L layers that have experts; the first of A is the one that counts most
     weights_LTA: Tensor
     n_prompt: int = 0  # so many of the tokens were given, and the others written by the model
 
@@ -42,15 +43,19 @@ class RoutedText(NamedTuple):
 @torch.inference_mode()
 def route(model, tokenizer, source: str, ids: list[int], n_prompt: int = 0) -> RoutedText:
     """Reads ids window by window; each window is read without the one before it."""
-    experts, weights, decoder = [], [], codecs.getincrementaldecoder("utf-8")("replace")
+    pairs, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")
     ids_1T = torch.tensor([ids], device=model.embed.weight.device)
     for window_1T in ids_1T.split(model.config.seq_len, dim=1):
         out = model(window_1T, return_experts=True)
-        experts.append(out.experts[:, 0].cpu())
-        weights.append(out.expert_weights[:, 0].cpu())
+        # Any router's experts, in whatever order it gave them, and however many.
+        weights_LTA, order_LTA = out.expert_weights[:, 0].sort(descending=True, stable=True)
+        pairs.append((out.experts[:, 0].gather(-1, order_LTA).cpu(), weights_LTA.cpu()))
+    A = max(weights_LTA.shape[-1] for _, weights_LTA in pairs)
+    padded = (tuple(F.pad(x_LTA, (0, A - x_LTA.shape[-1])) for x_LTA in pair) for pair in pairs)
+    experts_LTA, weights_LTA = (torch.cat(parts, 1) for parts in zip(*padded, strict=True))
     pieces = [decoder.decode(tokenizer.decode_bytes([i])) for i in ids]
     pieces[-1] += decoder.decode(b"", final=True)
-    return RoutedText(source, ids, pieces, torch.cat(experts, 1), torch.cat(weights, 1), n_prompt)
+    return RoutedText(source, ids, pieces, experts_LTA, weights_LTA, n_prompt)
 
 
 def read_ids(path: str, tokenizer, most: int = 100_000) -> list[int]:

@@ -48,8 +48,10 @@ def load(path: str | os.PathLike, device: str = "cpu", dtype: torch.dtype | None
 
 def load_folder(folder: Path, device: str, dtype: torch.dtype | None):
     """`load` for a Hugging Face folder. One tensor at a time is in memory besides the model."""
-    if not (folder / "config.json").exists():
+    is_run = (folder / "log.csv").exists()  # beside it is another config.json
+    if is_run or not (folder / "config.json").exists():
         reason = "not a readable checkpoint, nor a Hugging Face folder: it has no config.json"
+        reason = "the folder of a run, not a checkpoint" if is_run else reason
         remedy = f"name a .pt file, such as {folder}/best.pt"
         if (folder / "params.json").exists():
             reason, script = "in Meta's own layout", "models.llama.convert_llama_weights_to_hf"

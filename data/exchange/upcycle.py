@@ -20,9 +20,11 @@ def weights_from(init: lamoe.LaMoE, model: lamoe.LaMoE) -> dict[str, Tensor]:
 
     ValueError if the sparse model would not compute what init does.
     """
-    if not model.sparse_layers or init.sparse_layers:
-        return init.state_dict()
     c, F = model.config, init.config.hidden_dim
+    if c.n_experts == init.config.n_experts:
+        return init.state_dict()
+    if not model.sparse_layers:
+        raise ValueError(f"--n_dense_layers {c.n_dense_layers} leaves no experts; leave it out")
     weights = {name: w for name, w in init.state_dict().items() if ".ffn." not in name}
     for i, (block, dense) in enumerate(zip(model.blocks, init.blocks, strict=True)):
         if i in model.sparse_layers:

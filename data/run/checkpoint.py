@@ -18,7 +18,7 @@ import lamoe
 from data.foreign import tokenizer_from_state
 from data.run.files import replacing
 from data.run.flags import first_line
-from data.run.routers import check_router
+from data.run.routers import BUILT_IN, FILES, RouterNeeded, check_router, with_built_in
 
 
 def save(path, checkpoint: dict) -> None:
@@ -90,7 +90,7 @@ def check_parts(checkpoint, size: int) -> None:
 
 def build(checkpoint: dict, path):
     """(model, tokenizer or None) from what `read` returned; path is for the messages."""
-    check_router(checkpoint["config"], path)
+    router = check_router(checkpoint["config"], path)
     try:
         config = lamoe.Config(**checkpoint["config"])
         check_shapes(config, checkpoint["model"])
@@ -98,6 +98,8 @@ def build(checkpoint: dict, path):
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
+        if router in FILES:  # perhaps it is another one's file
+            raise RouterNeeded(f"{path} does not fit {FILES[router]}: {reason}") from None
         raise ValueError(f"{path} does not fit this version of LaMoE: {reason}") from None
     state = checkpoint.get("tokenizer")
     try:
@@ -146,12 +148,21 @@ def check_shapes(config: lamoe.Config, weights: dict) -> None:
     if config.seq_len * config.head_size > 1 << 26:  # RoPE's tables: no weight has their size
         raise ValueError(f"seq_len={config.seq_len} is more than a checkpoint may ask for")
     with shapes_only():
-        lamoe.LaMoE(config).load_state_dict(weights, assign=True)
+        model = lamoe.LaMoE(with_built_in(config))
+        if config.router not in BUILT_IN:  # what it holds is known when its code has run
+            others = {name: w for name, w in weights.items() if ".ffn.router." not in name}
+            routers = {name: w for name, w in model.state_dict().items() if ".ffn.router." in name}
+            weights = others | routers
+        model.load_state_dict(weights, assign=True)
 
 
 def check_finite(model: lamoe.LaMoE, path) -> None:
-    """ValueError if a weight is infinite or NaN. A sum shows both, and takes no memory."""
-    for name, weight in model.state_dict().items():
+    """ValueError if a weight is infinite or NaN. A sum shows both, and takes no memory.
+
+    A router of one's own may keep what it likes in its buffers: a mask of infinities, say.
+    """
+    is_own = model.config.router not in BUILT_IN
+    for name, weight in (*model.named_parameters(), *(() if is_own else model.named_buffers())):
         if not weight.sum().isfinite():
             raise ValueError(
                 f"{path}: {name} holds numbers that are not finite, so it can only write nonsense; "

@@ -78,9 +78,31 @@ def pick_device(name: str) -> str:
     return available[0] if name == "auto" else name
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What a person is told of an error."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def quoted(path) -> str:
+    """A path as a command line needs it."""
+    return f'"{path}"' if " " in f"{path}" else f"{path}"
+
+
+OWN_CODE: dict[str, str] = {}  # files of a router of one's own: absolute -> as it was named
+
+
+def place_in(files: dict[str, str], error: BaseException) -> str:
+    """The last line of one of these files that led to an error: "mine.py, line 7: ", or ""."""
+    trace, place = error.__traceback__, ""
+    while trace:
+        if file := files.get(trace.tb_frame.f_code.co_filename):
+            place = f"{file}, line {trace.tb_lineno}: "
+        trace = trace.tb_next
+    return place
+
+
+def kind_and_reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 @contextlib.contextmanager
@@ -99,9 +121,14 @@ def one_line_errors(
         yield
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except errors as error:
+    except Exception as error:
+        place, is_told = place_in(OWN_CODE, error), isinstance(error, errors)
+        if not (is_told or OWN_CODE):
+            raise
+        place = place if place or is_told else f"{[*OWN_CODE.values()][-1]}: "  # in backward, say
+        reason = kind_and_reason(error) if place else first_line(error)
         if not quiet:
-            print(f"error: {first_line(error)}{hint(error)}", file=sys.stderr)
+            print(f"error: {place}{reason}{hint(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if stopped:

@@ -20,6 +20,7 @@ import torch
 import lamoe
 from data.run import ranks
 from data.run.files import first_free, write_text
+from data.run.routers import run_and_router
 
 COLUMNS = "step tokens flops train_loss val_loss val_bits_per_byte lr grad_norm".split()
 COLUMNS += "aux balance z load_max_over_mean load_min_over_mean dead_experts dropped".split()
@@ -181,7 +182,7 @@ def warn_of_slowness(speed: float, best: float, run) -> float:
     print_line(
         f"slow       {speed:,.0f} tokens/s, and it was {best:,.0f}: another program uses this CPU; "
         f"stop it, or leave it a core: OMP_NUM_THREADS={max(1, torch.get_num_threads() - 1)} "
-        f"python train.py --resume --out {run.folder}"
+        f"python train.py --resume --out {run_and_router(run.folder, run.model.config.router)}"
     )
     return speed  # said again only after another fall
 
@@ -221,11 +222,13 @@ class Table:
     """
 
     def __init__(self, path: Path, step: int, columns: list[str]):
+        rows, text = rows_until(step, path) if step else [], io.StringIO(newline="")
+        # A source whose file has another name by now keeps what was logged of it, too.
+        columns = [*columns, *(name for name in (rows or [{}])[0] if name not in (*columns, None))]
         self.path, self.columns = path, columns
-        text = io.StringIO(newline="")
         writer = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rows_until(step, path) if step else [])
+        writer.writerows(rows)
         write_text(path, text.getvalue())
 
     def write(self, row: dict) -> None:
@@ -233,7 +236,7 @@ class Table:
             writer = csv.DictWriter(file, self.columns)
             if not file.tell():  # somebody deleted it
                 writer.writeheader()
-            writer.writerow({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
     def flush(self) -> None:
         with open(self.path, "a") as file:

@@ -20,6 +20,7 @@ from data.run import checkpoint, ranks
 from data.run.flags import first_line
 from data.run.log import print_line
 from data.run.masters import Masters
+from data.run.routers import BUILT_IN, with_built_in
 
 
 def pick_dtype(name: str, device: str) -> str:
@@ -54,7 +55,7 @@ def keep_freed_memory() -> None:
 
 def check_memory(config: lamoe.Config) -> None:
     """ValueError for a model that this machine can't hold, before it starts to swap."""
-    one = dataclasses.replace(config, n_layers=1, n_dense_layers=0, seq_len=1)
+    one = dataclasses.replace(with_built_in(config), n_layers=1, n_dense_layers=0, seq_len=1)
     with checkpoint.shapes_only():
         try:
             model = lamoe.LaMoE(one)
@@ -119,6 +120,11 @@ def has_compiler(device: str) -> bool:
         return False
 
 
+def undo_compiling(model: lamoe.LaMoE) -> None:
+    for module, name in (*((block, "forward") for block in model.blocks), (model, "predict")):
+        delattr(module, name)  # the class has it
+
+
 def compile_model(run) -> bool:
     """Whether it compiled the model. It also runs it once, so that no step has that time in it."""
     if not run.settings.compile:
@@ -135,13 +141,23 @@ def compile_model(run) -> bool:
     keep_masters(run)
     compile_blocks(run.model)
     here = [torch.cuda.current_device()] if run.settings.device == "cuda" else []
+    buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
     with torch.random.fork_rng(here), warnings.catch_warnings():  # leaves no trace in the run
         warnings.simplefilter("ignore")  # the compiler's hints to itself
-        with autocast(run.settings):
-            out = run.parallel(inputs, targets, return_logits=False)
-        (out.loss + out.aux).backward()
+        try:
+            with autocast(run.settings):
+                out = run.parallel(inputs, targets, return_logits=False)
+            (out.loss + out.aux).backward()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if run.model.config.router in BUILT_IN:
+                raise
+            undo_compiling(run.model)
+            print_line(f"compile    your router can't be ({first_line(error)}): going on without")
+            return False
     for weight in run.model.parameters():
         weight.grad = None
+    for name, buffer in run.model.named_buffers():  # a router's forward may have changed them
+        buffer.copy_(buffers[name])
     print_line(f"           done in {time.perf_counter() - started:.0f} s")
     return True
 
@@ -165,10 +181,12 @@ def can_record(run) -> bool:
 
 
 def keep_masters(run) -> None:
-    """Puts what Muon trains into bf16, if a step is to be recorded. (Several micro-steps would add
-    their gradients in bf16.) Before the model is compiled, for that looks at dtypes.
+    """Puts what Muon trains into bf16, if a step is to be recorded. Before the model is compiled,
+    for that looks at dtypes; so not with a router of one's own, which may turn out not to compile.
+    (Several micro-steps would add their gradients in bf16.)
     """
-    if can_record(run) and run.settings.dtype == "bf16" and run.settings.grad_accum == 1:
+    settings, is_ours = run.settings, run.model.config.router in BUILT_IN
+    if can_record(run) and is_ours and settings.dtype == "bf16" and settings.grad_accum == 1:
         Masters(run.model, run.optimizers[0])
 
 

@@ -11,6 +11,7 @@ from data.run import ranks
 from data.run.checkpoint import build, read
 from data.run.log import by_source, labels_of_bytes, print_line, read_rows, recall_bits
 from data.run.pictures import bits_per_byte, draw, sparkline
+from data.run.routers import run_and_router
 
 
 def introduce(run) -> None:
@@ -41,12 +42,14 @@ def introduce(run) -> None:
         )
         print_line("           router nothing; try --router switch, or --top_k 2")
     on = "attention and experts" if settings.muon_ffn else "attention"
-    kind = "real" if data.corpus.floor is None else "generated"
+    corpus, size = data.corpus, n_bytes / 1e6
+    kind = "partly generated" if corpus.floors else "real" if corpus.floor is None else "generated"
+    size = f"{size:.1f}" if size >= 1 else f"{size:.2g}"
     times = settings.steps * settings.grad_accum * tokens / n
     kind = f"{settings.init}, now on {kind}" if settings.init else kind
     frozen = ", routers frozen" if settings.freeze_router else ""
     print_line(
-        f"recipe     for {kind} text of {n_bytes / 1e6:.1f} MB, read {times:.2g} times: Muon "
+        f"recipe     for {kind} text of {size} MB, read {times:.2g} times: Muon "
         f"{settings.muon_lr:g} on {on}, AdamW {settings.lr:g}, decay {settings.weight_decay:g}"
         f"{frozen}"
     )
@@ -70,7 +73,8 @@ def not_finite(step: int, run) -> ValueError:
 def stopped(run, signals: list) -> int:
     """Says how a run goes on that a signal stopped, here or on another rank; the exit code."""
     print_line(f"\nstopped and saved at step {run.done['step']}; go on:")
-    print_line(f"           python train.py --resume --out {run.folder}")
+    folder = run_and_router(run.folder, run.model.config.router)
+    print_line(f"           python train.py --resume --out {folder}")
     return 128 + (signals or [signal.SIGINT])[0]  # the shell's: 130 after Ctrl-C
 
 
@@ -101,17 +105,17 @@ def summarize(run, evaluate) -> None:
     print_picture(folder, data.corpus.floor)
     print_line(f"log        {folder}/log.csv")
     prompt = f'"{opening}" ' if opening.strip() else ""
-    print_line(f"next       python sample.py {prompt}--model {folder}/best.pt")
+    best = run_and_router(folder / "best.pt", model.config.router)
+    print_line(f"next       python sample.py {prompt}--model {best}")
 
 
 def summarize_again(run, evaluate) -> None:
     """Of a run that was finished already: it may have ended before it could print this."""
-    best = run.folder / "best.pt"
-    print_line(f"           it is finished; try: python sample.py --model {best}")
-    more = 2 * run.settings.steps
-    print_line(
-        f"           or train on: python train.py --resume --out {run.folder} --steps {more}"
-    )
+    best, router = run.folder / "best.pt", run.model.config.router
+    again = f"--model {run_and_router(best, router)}"
+    print_line(f"           it is finished; try: python sample.py {again}")
+    again = f"--out {run_and_router(run.folder, router)} --steps {2 * run.settings.steps}"
+    print_line(f"           or train on: python train.py --resume {again}")
     if ranks.RANK == 0 and best.exists():
         summarize(run, evaluate)
 

@@ -174,7 +174,8 @@ def group(runs: list[LoggedRun]) -> dict[str, list[LoggedRun]]:
     named = {}
     for members in alike.values():
         differing = (f for f in flags if len({repr(run.settings.get(f)) for run in known}) > 1)
-        name = ", ".join(f"{flag} {members[0].settings.get(flag)}" for flag in differing)
+        values = ((flag, members[0].settings.get(flag)) for flag in differing)
+        name = ", ".join(f"{flag} {'none' if value == '' else value}" for flag, value in values)
         if not members[0].settings or not name or name in named:
             name = ", ".join(run.folder for run in members)
         named[name] = members
@@ -186,6 +187,7 @@ def plot(folders: list[str], out: str) -> Path:
 
     Runs that differ in their seed alone are one line, their mean, in a band from lowest to highest.
     """
+    folders = dict.fromkeys(f"{Path(folder)}" for folder in folders)  # twice the same is no seed
     pyplot, runs = import_pyplot(), [read_run(folder) for folder in folders]
     floors = {run.floor for run in runs}
     floor = floors.pop() if len(floors) == 1 else None

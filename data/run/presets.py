@@ -184,9 +184,10 @@ def fields_of_experts(init: lamoe.Config, flags: dict) -> dict:
     fields |= {name: flags[name] for name in SPARSE if name in flags}
     wide, slices = fields["hidden_dim"], init.hidden_dim // max(1, fields["hidden_dim"])
     if wide < 1 or init.hidden_dim % wide:
+        fits = (w for w in range(max(1, init.hidden_dim // 2), 0, -1) if init.hidden_dim % w == 0)
         raise ValueError(
             f"--hidden_dim {wide} does not divide the {init.hidden_dim} hidden units of "
-            f"{flags['init']}; leave it out, or try --hidden_dim {init.hidden_dim // 2}"
+            f"{flags['init']}; leave it out, or try --hidden_dim {next(fits)}"
         )
     fields |= {} if "top_k" in flags else {"top_k": max(2, slices)}
     for name in ("n_experts", "top_k"):
@@ -207,7 +208,7 @@ def resumed_config(train_config, schedule, flags: dict, saved: dict):
     known = {**dataclasses.asdict(config), **dataclasses.asdict(settings), **saved["given"]}
     steps, done = flags.get("steps", settings.steps), saved["done"]["step"]
     for name, value in flags.items():
-        is_free = name in PLACES or (name == "steps" and value > settings.steps)
+        is_free = name in PLACES or (name == "steps" and value >= settings.steps)
         if not is_free and value != known[name]:
             raise ValueError(
                 f"--{name} {value} differs from the run's {known[name]}; leave it out to "
@@ -221,9 +222,11 @@ def resumed_config(train_config, schedule, flags: dict, saved: dict):
         warmup = settings.warmup * settings.steps / steps
         longer = dataclasses.replace(settings, steps=steps, warmup=warmup)
         before, now = (schedule(done, of) for of in (settings, longer))
+        falls = schedule(steps - 1, longer) < 1  # else its decay is shorter than a step
         print_line(
             f"longer     {settings.steps} steps become {steps}: at step {done} rates were "
-            f"{before:.0%} of the highest; they are {now:.0%} now and fall to zero at the end"
+            f"{before:.0%} of the highest; they are {now:.0%} now"
+            f"{' and fall to zero at the end' * falls}"
         )
         settings = longer
     return dataclasses.replace(settings, **places), config

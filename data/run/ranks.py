@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from data.run.flags import first_line
+from data.run.routers import BUILT_IN
 
 # torchrun tells each process its number and how many there are.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -95,7 +96,9 @@ def parallelize(model, settings):
     if settings.device == "cpu" and dist.get_backend() == "nccl":
         raise ValueError("this run was on the CPU; go on there with --device cpu")
     if not settings.fsdp:
-        return DistributedDataParallel(model.to(settings.device), gradient_as_bucket_view=True)
+        is_own = model.config.router not in BUILT_IN  # may have parameters that it doesn't use
+        options = {"gradient_as_bucket_view": True, "find_unused_parameters": is_own}
+        return DistributedDataParallel(model.to(settings.device), **options)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     others = {weight for name, weight in model.named_parameters() if not is_sharded(name)}

@@ -15,10 +15,11 @@ from data.run.files import first_free, lock_folder, make_folder, remove_leftover
 from data.run.flags import first_line
 from data.run.log import print_line
 from data.run.presets import PLACES
-from data.run.routers import UnknownRouter
+from data.run.routers import RouterNeeded, run_and_router
 
 RUN_FILES = ("last.pt", "best.pt", "plateau.pt", "log.csv", "load.csv", "config.json")
 NOTHING_DONE = {"step": 0, "seconds": 0.0, "best": math.inf, "best_step": 0}
+WHERE = PLACES - {"data"}  # flags that tell nothing of what a new run would be
 ADDED = {"suffix": "", "decay": 1.0, "freeze_router": False}  # settings that older runs lack
 TYPES = {"given": dict, "train_config": dict, "tokenizer": dict, "text": str, "done": dict}
 TYPES |= {"optimizers": list, "meter": list, "rng": Tensor}  # of the parts of last.pt
@@ -39,7 +40,7 @@ def find_run(flags: dict, resuming: bool, train_config) -> tuple:
     if saved and flags.get("steps", 0) > saved["train_config"]["steps"]:
         saved = before_decay(folder, saved, train_config)
     if not saved:
-        if not flags.keys() - PLACES:
+        if not flags.keys() - WHERE - {"steps", "router"}:  # with these, runs go on
             again = f"python train.py --resume --out {folder} --data stories"
             raise ValueError(
                 f"{folder} has no usable checkpoint, and without one its flags are not known; "
@@ -58,8 +59,8 @@ def new_folder(flags: dict) -> Path:
         folder = first_free(Path("runs") / Path(flags.get("data", "stories")).resolve().stem)
     if holds_a_run(folder):
         raise ValueError(
-            f"{folder} already holds a run; go on: python train.py --resume --out {folder}; "
-            f"or choose another --out"
+            f"{folder} already holds a run; go on: python train.py --resume --out "
+            f"{run_and_router(folder, flags.get('router', ''))}; or choose another --out"
         )
     existing = next(f for f in (folder, *folder.absolute().parents) if f.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -83,7 +84,7 @@ def folder_to_resume(flags: dict) -> Path:
     folder = Path(flags.get("out") or "runs")
     if flags.get("out") and folder.is_dir():
         return folder
-    if flags.keys() - PLACES and not folder.is_file():
+    if flags.keys() - WHERE and not folder.is_file():
         return new_folder(flags)
     if flags.get("out"):
         raise ValueError(
@@ -160,7 +161,7 @@ def read_run(path: Path, train_config) -> dict | None:
             raise ValueError(f"{path} is from another version of train.py")
         train_config(**settings)
         return {**saved, "train_config": settings, "tokenizer": tokenizer}
-    except UnknownRouter:
+    except RouterNeeded:
         raise
     except (ValueError, TypeError) as error:
         print_line(f"resume     {error}")
@@ -222,4 +223,6 @@ REMEDIES = {  # an error of the disk, and what to do
 
 def remedy(error: Exception) -> str:
     """What to add to the line of an error."""
+    if type(error).__module__.startswith("torch._dynamo"):  # a router of one's own, of many shapes
+        return "; try --no-compile"
     return REMEDIES.get(getattr(error, "errno", None), "")
