@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import lamoe
+from data import gpu_step
 
 LARGE = 2**18  # numbers in a matrix: below, two threads take longer to meet than to multiply
 
@@ -100,6 +101,13 @@ def on_one_thread(step: Callable) -> Callable:
 
 class RowStep(lamoe.Step):
     """lamoe.Step, whose `next` is this file's where that is faster."""
+
+    def compile(self) -> None:
+        """On an NVIDIA card kernels of our own instead of the compiler's, where they fit."""
+        if self.position.is_cuda and gpu_step.covers(self):
+            self.next = gpu_step.FewKernels(self)
+        else:
+            super().compile()
 
     def read(self, ids_BT: Tensor) -> None:
         super().read(ids_BT)
