@@ -64,7 +64,7 @@ class FewKernels:
         # One row is a small part of what is read: its numbers stay in fp32.
         inner = {**like, "dtype": torch.float32 if is_row else step.dtype}
         width, wide = c.n_heads * c.head_size, (c.n_heads + 2 * c.n_kv_heads) * c.head_size
-        hidden = max(c.hidden_dim * (c.n_active + c.n_shared_experts), 1)
+        hidden = c.hidden_dim * max(c.n_experts, c.n_active + c.n_shared_experts)
         self.x_ND = torch.zeros(N, c.dim, **like)
         self.h_ND = torch.zeros(N, c.dim, device=device, dtype=step.dtype)
         self.qkv = torch.zeros(N, wide, **inner)
@@ -92,7 +92,7 @@ class FewKernels:
             self.product(layer.norms[0], layer.qkv, self.qkv)
             self.attend(i, layer)
             sizes = sized(OUTPUT, layer.o.shape[1])
-            output_kernel[(triton.cdiv(D, sizes["ROWS"]),)](
+            output_kernel[(blocks(D, sizes["ROWS"]),)](
                 self.y, self.lse, layer.o, self.x_ND, D, C=layer.o.shape[1],
                 H=m.config.n_heads, SPLITS=self.splits, **sizes, **self.early,
             )  # fmt: skip
@@ -120,7 +120,7 @@ class FewKernels:
                 (E, _, F), end = down.shape, n_added + len(down)
                 gate_up_NE2F = torch.mm(self.h_ND, gate_up.view(-1, D).T)
                 u_NEF = self.h_ND.new_empty(N, E, F)
-                swiglu_kernel[(N * E, triton.cdiv(F, 1024))](
+                swiglu_kernel[(N * E, blocks(F, 1024))](
                     gate_up_NE2F, weights_NE, u_NEF, F, BLOCK=1024, num_warps=4
                 )
                 torch.bmm(u_NEF.transpose(0, 1), down.mT, out=self.added[n_added:end])
@@ -131,7 +131,7 @@ class FewKernels:
     def product(self, norm: Tensor, W: Tensor, y: Tensor) -> None:
         """y = W RMSNorm(x)."""
         (N, D), sizes = W.shape, sized(PRODUCT, W.shape[1])
-        product_kernel[(triton.cdiv(N, sizes["ROWS"]),)](
+        product_kernel[(blocks(N, sizes["ROWS"]),)](
             self.x_ND, norm, W, y, N, self.step.model.config.norm_eps, D=D, **sizes, **self.early
         )
 
@@ -141,7 +141,7 @@ class FewKernels:
         attend_kernel[(len(self.x_ND) * c.n_heads, self.splits)](
             self.qkv, *layer.qk_norms, m.cos, m.sin, keys, values, self.step.position, self.y,
             self.lse, keys.shape[2], c.norm_eps, c.head_size**-0.5, H=c.n_heads, G=c.n_kv_heads,
-            K=c.head_size, KP=triton.next_power_of_2(c.head_size), NORM=c.qk_norm,
+            K=c.head_size, KP=power_of_2(c.head_size), NORM=c.qk_norm,
             SPLITS=self.splits, **ATTEND, **self.early,
         )  # fmt: skip
 
@@ -149,8 +149,8 @@ class FewKernels:
         """h = RMSNorm(x + what was added), and where it goes if the layer is sparse."""
         c, (N, D) = self.step.model.config, self.x_ND.shape
         routes = layer is not None and layer.is_topk
-        E, DP = c.n_experts, triton.next_power_of_2(D)
-        EP = triton.next_power_of_2(E)
+        E, DP = c.n_experts, power_of_2(D)
+        EP = power_of_2(E)
         add_and_route_kernel[(N,)](
             self.x_ND, self.added, norm, self.h_ND, layer.router.weight if routes else norm,
             self.experts_NA, self.weights_NE, N, c.norm_eps, D=D, DP=DP, E=E, EP=EP,
@@ -166,17 +166,26 @@ class FewKernels:
         """x += the sum over the chosen experts, of one row."""
         (_, D, F), A = down.shape, experts_1A.shape[-1]
         sizes = sized(GATE_UP, D)
-        gate_up_kernel[(triton.cdiv(F, sizes["ROWS"]), A)](
+        gate_up_kernel[(blocks(F, sizes["ROWS"]), A)](
             self.h_ND, gate_up, experts_1A, weights_1E, self.u, F, D=D, **sizes, **self.early
         )
         sizes = sized(DOWN, F)
-        down_kernel[(triton.cdiv(D, sizes["ROWS"]),)](
+        down_kernel[(blocks(D, sizes["ROWS"]),)](
             self.u, down, experts_1A, self.x_ND, D, F=F, A=A, **sizes, **self.early
         )
 
 
+def blocks(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The next one: Triton has no other blocks."""
+    return 1 << (n - 1).bit_length()
+
+
 def sized(sizes: dict, n_columns: int) -> dict:
-    return {**sizes, "COLUMNS": min(sizes["COLUMNS"], triton.next_power_of_2(n_columns))}
+    return {**sizes, "COLUMNS": min(sizes["COLUMNS"], power_of_2(n_columns))}
 
 
 if triton is not None:

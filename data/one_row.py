@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import lamoe
-from data import gpu_step
 
 LARGE = 2**18  # numbers in a matrix: below, two threads take longer to meet than to multiply
 
@@ -104,6 +103,8 @@ class RowStep(lamoe.Step):
 
     def compile(self) -> None:
         """On an NVIDIA card kernels of our own instead of the compiler's, where they fit."""
+        from data import gpu_step  # here: importing Triton takes a second
+
         if self.position.is_cuda and gpu_step.covers(self):
             self.next = gpu_step.FewKernels(self)
         else:
