@@ -10,6 +10,8 @@ A kernel may begin before the one ahead of it has ended, and read the first of i
 others wrote it reads after `gdc_wait` ("programmatic dependent launch", from Hopper on).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -76,6 +78,10 @@ class FewKernels:
         self.weights_NE = torch.zeros(N, c.n_experts, **like)
         self.first, self.ones = torch.zeros(1, dtype=torch.long, **like), torch.ones(N, 1, **like)
         self.logits = torch.zeros(1, c.vocab_size, **like)
+        self.ids_B = torch.zeros(N, dtype=torch.long, **like)
+        temperature, *cuts, _ = *step.filters, *[None] * (4 - len(step.filters))
+        if temperature >= 1e-6 and cuts == [None, None] and step.penalty == 1:
+            step.sample = self.draw
         early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self.early = {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
 
@@ -173,6 +179,15 @@ class FewKernels:
         down_kernel[(blocks(D, sizes["ROWS"]),)](
             self.u, down, experts_1A, self.x_ND, D, F=F, A=A, **sizes, **self.early
         )
+
+    def draw(self, logits_BV, noise_BV, temperature, top_k=None, top_p=None, min_p=None) -> Tensor:
+        """lamoe.sample without top_k and top_p."""
+        (B, V), least = logits_BV.shape, math.log(max(min_p or 0, 1e-30))
+        draw_kernel[(B,)](
+            logits_BV.contiguous(), noise_BV, self.ids_B, V, temperature, least,
+            BLOCK=4096, num_warps=16,
+        )  # fmt: skip
+        return self.ids_B
 
 
 def blocks(n: int, size: int) -> int:
@@ -397,3 +412,24 @@ if triton is not None:
         up = tl.load(gate_up + pair * 2 * F + F + column, mask=column < F, other=0).to(tl.float32)
         value = tl.load(weights + pair) * gate * tl.sigmoid(gate) * up
         tl.store(u + pair * F + column, value.to(u.dtype.element_ty), mask=column < F)
+
+    @triton.jit
+    def draw_kernel(logits, noise, ids, V, temperature, log_min_p, BLOCK: tl.constexpr):
+        """One program: a row. p / noise is largest where log p - log noise is."""
+        row = tl.program_id(0).to(tl.int64)
+        top = tl.full((BLOCK,), -float("inf"), tl.float32)
+        for start in range(0, V, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            value = tl.load(logits + row * V + i, mask=i < V, other=-float("inf"))
+            top = tl.maximum(top, value.to(tl.float32) / temperature)
+        least = tl.max(top, 0) + log_min_p
+        best, first = tl.full((BLOCK,), -float("inf"), tl.float32), tl.zeros((BLOCK,), tl.int32)
+        for start in range(0, V, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            value = tl.load(logits + row * V + i, mask=i < V, other=-float("inf"))
+            value = value.to(tl.float32) / temperature
+            late = tl.log(tl.maximum(tl.load(noise + row * V + i, mask=i < V, other=1.0), 1e-30))
+            is_best = (value >= least) & (value - late > best)
+            best, first = tl.where(is_best, value - late, best), tl.where(is_best, i, first)
+        found = tl.min(tl.where(best == tl.max(best, 0), first, V), 0)
+        tl.store(ids + row, found.to(tl.int64))

@@ -4,6 +4,7 @@ Anywhere with what each kernel says that it does, in torch; with the kernels the
 card, or slowly on a CPU where Triton is: TRITON_INTERPRET=1 pytest tests/test_gpu_step.py
 """
 
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,12 +78,16 @@ def swiglu(gate_up, weights, u, F, **_):
     u.copy_(weights[..., None] * lamoe.swiglu(gate_up.view(*weights.shape, 2 * F)))
 
 
+def draw(logits, noise, ids, V, temperature, log_min_p, **_):
+    ids.copy_(lamoe.sample(logits, noise, temperature, None, None, math.exp(log_min_p)))
+
+
 @pytest.fixture
 def way(request, monkeypatch):
     """The kernels, or in their place the functions above."""
     if request.param == "in torch":
         monkeypatch.setattr(gpu_step, "triton", "there")
-        for function in (product, attend, output, add_and_route, gate_up, down, swiglu):
+        for function in (product, attend, output, add_and_route, gate_up, down, swiglu, draw):
             launcher = mock.MagicMock(**{"__getitem__.return_value": function})
             monkeypatch.setattr(gpu_step, f"{function.__name__}_kernel", launcher, raising=False)
     return request.param
@@ -91,8 +96,8 @@ def way(request, monkeypatch):
 class FewKernels(PLAIN):
     """A step that is always in few kernels."""
 
-    def read(self, ids_BT):
-        super().read(ids_BT)
+    def __init__(self, *args):
+        super().__init__(*args)
         assert gpu_step.covers(self)
         self.next = gpu_step.FewKernels(self)
 
@@ -157,6 +162,22 @@ def test_a_router_from_a_file(file, batch, way, monkeypatch):
     monkeypatch.setattr(lamoe, "ROUTERS", dict(lamoe.ROUTERS))
     config = small_config(router=router_name(str(file)), n_experts=6, top_k=3)
     assert_writes_the_same(config, way, batch)
+
+
+@IN_WAYS
+@BATCHES
+@pytest.mark.parametrize(
+    "options", [{}, {"min_p": 0.1}, {"top_k": 9, "stop": 5}, {"repetition_penalty": 1.7}]
+)
+def test_draws_are_those_of_the_plain_step(options, batch, way):
+    device = "cpu" if way == "in torch" else DEVICE
+    model, texts = random_model(small_config()).to(device), []
+    for step in (PLAIN, FewKernels):
+        generator = torch.Generator(device).manual_seed(3)
+        ids_BT = random_ids(model.config, batch, 3).to(device)
+        options = {"temperature": 0.9, **options}
+        texts.append(written(step, model, ids_BT, 12, generator=generator, **options)[0].tolist())
+    assert texts[0] == texts[1]
 
 
 @needs_kernels
