@@ -29,6 +29,8 @@ OUTPUT = {"ROWS": 8, "COLUMNS": 1024, "num_warps": 4}  # o
 GATE_UP = {"ROWS": 8, "COLUMNS": 1024, "num_warps": 4}
 DOWN = {"ROWS": 4, "COLUMNS": 1024, "num_warps": 4}
 ATTEND = {"BLOCK": 64, "num_warps": 4}  # positions at a time
+ROUTE = {"num_warps": 8}
+DRAW = {"BLOCK": 4096, "num_warps": 16}  # tokens at a time
 SPLITS = 4  # programs that share a query head's positions, with one row
 
 
@@ -161,7 +163,7 @@ class FewKernels:
             self.x_ND, self.added, norm, self.h_ND, layer.router.weight if routes else norm,
             self.experts_NA, self.weights_NE, N, c.norm_eps, D=D, DP=DP, E=E, EP=EP,
             EB=min(EP, max(1, 16384 // DP)), A=c.n_active if routes else 0, ADDED=n_added,
-            num_warps=8, **self.early,
+            **ROUTE, **self.early,
         )  # fmt: skip
         if layer is not None and layer.router is not None and not routes:
             experts_NA, weights_NA, *_ = layer.router(self.h_ND[:, None], self.step.ids_B1)
@@ -184,9 +186,8 @@ class FewKernels:
         """lamoe.sample without top_k and top_p."""
         (B, V), least = logits_BV.shape, math.log(max(min_p or 0, 1e-30))
         draw_kernel[(B,)](
-            logits_BV.contiguous(), noise_BV, self.ids_B, V, temperature, least,
-            BLOCK=4096, num_warps=16,
-        )  # fmt: skip
+            logits_BV.contiguous(), noise_BV, self.ids_B, V, temperature, least, **DRAW
+        )
         return self.ids_B
 
 
