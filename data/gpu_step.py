@@ -217,7 +217,7 @@ if triton is not None:
     def load_tile(W, row, n_rows, column, n_columns):
         inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
         at = row[:, None].to(tl.int64) * n_columns + column[None, :]
-        return tl.load(W + at, mask=inside, other=0)
+        return tl.load(W + at, mask=inside, other=0, cache_modifier=".cg")  # read once
 
     @triton.jit
     def product_kernel(
@@ -270,12 +270,15 @@ if triton is not None:
         c = tl.load(cos + at * K + i, mask=i < K, other=0).to(tl.float32)
         s = tl.load(sin + at * K + i, mask=i < K, other=0).to(tl.float32)
         s = tl.where(i < K // 2, -s, s)
+        kept = (b * G + g).to(tl.int64) * S * K
+        step = split * BLOCK + tl.arange(0, BLOCK)
+        next_k = load_tile(keys + kept, step, at, i, K)
+        next_v = load_tile(values + kept, step, at, i, K)
         wait(EARLY)
         of_row = qkv + b * (H + 2 * G) * K
         q = turned(of_row + h * K, q_norm, c, s, i, other, K, eps, NORM) * scale
         k = turned(of_row + (H + g) * K, k_norm, c, s, i, other, K, eps, NORM)
         v = tl.load(of_row + (H + G + g) * K + i, mask=i < K, other=0).to(tl.float32)
-        kept = (b * G + g).to(tl.int64) * S * K
         if (split == 0) & (h % (H // G) == 0):
             tl.store(keys + kept + at * K + i, k.to(keys.dtype.element_ty), mask=i < K)
             tl.store(values + kept + at * K + i, v.to(values.dtype.element_ty), mask=i < K)
@@ -283,11 +286,9 @@ if triton is not None:
         top = tl.where(has_new, tl.sum(q * k, 0), -1e30)
         total, mean = tl.where(has_new, 1.0, 0.0), tl.where(has_new, v, 0.0)
         for start in range(split * BLOCK, at, SPLITS * BLOCK):
-            step = start + tl.arange(0, BLOCK)
-            inside = (step < at)[:, None] & (i < K)[None, :]
-            cell = kept + step[:, None] * K + i[None, :]
-            k_SK = tl.load(keys + cell, mask=inside, other=0).to(tl.float32)
-            v_SK = tl.load(values + cell, mask=inside, other=0).to(tl.float32)
+            step, k_SK, v_SK = start + tl.arange(0, BLOCK), next_k, next_v
+            next_k = load_tile(keys + kept, step + SPLITS * BLOCK, at, i, K)
+            next_v = load_tile(values + kept, step + SPLITS * BLOCK, at, i, K)
             score = tl.where(step < at, tl.sum(q[None, :] * k_SK, 1), -float("inf"))
             new_top = tl.maximum(top, tl.max(score, 0))
             share, old = tl.exp(score - new_top), tl.exp(top - new_top)
