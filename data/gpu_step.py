@@ -26,12 +26,11 @@ except ImportError:  # torch for a CPU or a Mac
 # Rows of a matrix for one program, how many of their columns at a time, and its warps.
 PRODUCT = {"ROWS": 8, "COLUMNS": 1024, "num_warps": 4}  # q, k and v; the head
 OUTPUT = {"ROWS": 8, "COLUMNS": 1024, "num_warps": 4}  # o
-GATE_UP = {"ROWS": 8, "COLUMNS": 1024, "num_warps": 4}
+GATE_UP = {"ROWS": 8, "COLUMNS": 512, "num_warps": 4}
 DOWN = {"ROWS": 4, "COLUMNS": 1024, "num_warps": 4}
 ATTEND = {"BLOCK": 64, "num_warps": 4}  # positions at a time
 ROUTE = {"num_warps": 8}
 DRAW = {"BLOCK": 4096, "num_warps": 16}  # tokens at a time
-EARLY = 2  # how early a kernel may begin, see `wait`
 SPLITS = 4  # programs that share a query head's positions, with one row
 
 
@@ -86,7 +85,7 @@ class FewKernels:
         if temperature >= 1e-6 and cuts == [None, None] and step.penalty == 1:
             step.sample = self.draw
         early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        self.early = {"EARLY": EARLY, "launch_pdl": True} if early else {"EARLY": 0}
+        self.early = {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
     def __call__(self) -> None:
         step = self.step
@@ -209,12 +208,9 @@ if triton is not None:
 
     @triton.jit
     def wait(EARLY: tl.constexpr):
-        """Until the kernel ahead has ended. The next one may begin before that (2), or then (1)."""
-        if EARLY == 2:
-            tl.extra.cuda.gdc_launch_dependents()
-        if EARLY > 0:
+        """Until the kernel ahead has ended; then the next one may begin."""
+        if EARLY:
             tl.extra.cuda.gdc_wait()
-        if EARLY == 1:
             tl.extra.cuda.gdc_launch_dependents()
 
     @triton.jit
@@ -372,7 +368,7 @@ if triton is not None:
         """u = weight * silu(gate) * up, of one chosen expert."""
         a, row = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         gate, up = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
-        wait(1 if EARLY else 0)  # down_kernel begins when the experts are known
+        wait(EARLY)  # down_kernel begins after it: when the experts are known
         expert = tl.load(experts + a)
         weight, W = tl.load(weights + expert), W + expert * (2 * F * D)
         for start in tl.static_range(0, D, COLUMNS):
