@@ -24,7 +24,7 @@ except ImportError:  # torch for a CPU or a Mac
     triton = None
 
 # Rows of a matrix for one program, how many of their columns at a time, and its warps.
-PRODUCT = {"ROWS": 8, "COLUMNS": 1024, "num_warps": 4}  # q, k and v; the head
+PRODUCT = {"ROWS": 8, "COLUMNS": 512, "num_warps": 4}  # q, k and v; the head
 OUTPUT = {"ROWS": 8, "COLUMNS": 1024, "num_warps": 4}  # o
 GATE_UP = {"ROWS": 8, "COLUMNS": 512, "num_warps": 4}
 DOWN = {"ROWS": 4, "COLUMNS": 1024, "num_warps": 4}
@@ -36,10 +36,23 @@ SPLITS = 4  # programs that share a query head's positions, with one row
 
 def covers(step: lamoe.Step) -> bool:
     """Whether the kernels below can do this step, and would do it faster."""
-    model, c, B = step.model, step.model.config, len(step.ids_B1)
-    is_plain = all(p.dtype == step.dtype for p in model.parameters())
+    c, B = step.model.config, len(step.ids_B1)
+    weights = [w for name, w in step.model.named_parameters() if "router" not in name.split(".")]
+    is_plain = all(w.dtype == step.dtype for w in weights)  # a router may have stayed in fp32
     few = B == 1 or (B <= 256 and B * c.n_active * 2 >= c.n_experts)
-    return triton is not None and is_plain and few and c.dim <= 8192
+    return is_plain and few and c.dim <= 8192 and works(step.position.device)
+
+
+def works(device: torch.device) -> bool:
+    """Whether Triton compiles here: it needs a C compiler, and a card that it knows."""
+    if triton is None:
+        return False
+    one, ids_B = torch.ones(1, 16, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    try:
+        draw_kernel[(1,)](one, one, ids_B, 16, 1.0, 0.0, **DRAW)
+        return True
+    except Exception:  # whatever a missing compiler makes of it
+        return False
 
 
 class Layer:

@@ -196,6 +196,8 @@ def test_in_a_cuda_graph_the_same_seed_writes_the_same_text(batch, changes):
     """In bf16; and what kernels that begin early wrote is what is written one after the other."""
     sizes = {"dim": 512, "hidden_dim": 704, "n_experts": 8, "vocab_size": 999, "seq_len": 512}
     model = random_model(small_config(**{**sizes, **changes})).cuda().bfloat16()
+    for block in model.blocks:  # as load reads it
+        block.ffn.router.weight.data = block.ffn.router.weight.float()
     ids_BT, texts = random_ids(model.config, batch, 5).cuda(), []
     for graph in (True, True, False):
         generator = torch.Generator("cuda").manual_seed(1)
@@ -207,13 +209,15 @@ def test_in_a_cuda_graph_the_same_seed_writes_the_same_text(batch, changes):
 
 def of(B=1, dtype=torch.float32, **changes):
     model = random_model(small_config(**changes)).to(dtype)
+    for block in model.blocks:  # as load reads it
+        block.ffn.router.weight.data = block.ffn.router.weight.float()
     return PLAIN(model, B, 9, (0.0,), 1.0, None)
 
 
 def test_what_is_left_to_the_compiler(monkeypatch):
     monkeypatch.setattr(gpu_step, "triton", None)
     assert not gpu_step.covers(of())
-    monkeypatch.setattr(gpu_step, "triton", "there")
+    monkeypatch.setattr(gpu_step, "works", lambda device: True)
     assert gpu_step.covers(of()) and gpu_step.covers(of(dtype=torch.bfloat16))
     sizes = {"n_experts": 64, "top_k": 2, "dim": 8}
     assert gpu_step.covers(of(16, **sizes)) and gpu_step.covers(of(1, **sizes))
@@ -223,18 +227,29 @@ def test_what_is_left_to_the_compiler(monkeypatch):
         assert not gpu_step.covers(of())
 
 
+def test_triton_that_can_not_compile_is_none(monkeypatch):
+    launcher = mock.MagicMock(**{"__getitem__.return_value": draw})
+    monkeypatch.setattr(gpu_step, "triton", "there")
+    monkeypatch.setattr(gpu_step, "draw_kernel", launcher, raising=False)
+    assert gpu_step.works("cpu")
+    launcher.__getitem__.return_value = mock.Mock(side_effect=RuntimeError("no C compiler"))
+    assert not gpu_step.works("cpu")
+
+
+@pytest.mark.parametrize("is_cuda", [True, False])
 @pytest.mark.parametrize("is_covered", [True, False])
-def test_compiling_for_a_card_means_few_kernels_where_they_fit(is_covered, monkeypatch):
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_what_compiling_means(is_cuda, is_covered, has_compiler, monkeypatch):
     step = object.__new__(one_row.RowStep)
-    step.position = SimpleNamespace(is_cuda=True)
+    step.position = SimpleNamespace(is_cuda=is_cuda, device=torch.device("cpu"))
+    step.next = "as it is"
     monkeypatch.setattr(gpu_step, "covers", lambda step: is_covered)
-    monkeypatch.setattr(gpu_step, "FewKernels", lambda step: "few")
+    monkeypatch.setattr(gpu_step, "FewKernels", lambda step: "few kernels")
+    monkeypatch.setattr(one_row, "has_compiler", lambda device: has_compiler)
     monkeypatch.setattr(PLAIN, "compile", lambda self: setattr(self, "next", "compiled"))
     step.compile()
-    assert step.next == ("few" if is_covered else "compiled")
-    step.position = SimpleNamespace(is_cuda=False)
-    step.compile()
-    assert step.next == "compiled"
+    otherwise = "compiled" if has_compiler else "as it is"
+    assert step.next == ("few kernels" if is_cuda and is_covered else otherwise)
 
 
 def test_no_weight_is_copied_but_those_of_q_k_and_v():
