@@ -253,17 +253,17 @@ THREE = ((8.1044, -22.621, 16.2588), (3.9172, -2.8251, 0.5247), (2.5086, -1.8812
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
     """U V^T, nearly, of each matrix U S V^T of a batch: singular values within 0.3 to 1.2, by
     products alone. x is divided by the root of |x x^T|, which no singular value exceeds."""
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    is_tall = x.shape[-2] > x.shape[-1]  # then from the other side, not transposed: a GPU is slow
     for i, (a, b, c) in enumerate(THREE if x.is_cuda else FIVE):
-        gram, root = x @ x.mT, 1.0
+        gram, root = x.mT @ x if is_tall else x @ x.mT, 1.0
         if i == 0:  # over its largest number first: fourth powers leave the range of fp32
             most = gram.diagonal(0, -2, -1).float().amax(-1)[..., None, None].clamp(min=1e-37)
             size = most * (gram / most).norm(dim=(-2, -1), keepdim=True).clamp(min=1)
             gram, root = (gram / size).to(x.dtype), size.rsqrt()  # root: for the product below
         eye = torch.eye(gram.shape[-1], device=x.device)
-        x = (root * (a * eye + b * gram + c * (gram @ gram))).to(x.dtype) @ x
-    return x.mT if tall else x
+        factor = (root * (a * eye + b * gram + c * (gram @ gram))).to(x.dtype)
+        x = x @ factor if is_tall else factor @ x
+    return x
 
 
 def make_optimizers(model: lamoe.LaMoE, config: TrainConfig) -> list[torch.optim.Optimizer]:

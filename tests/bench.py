@@ -132,6 +132,7 @@ def stepper(model, parallel, batch: int, settings=SETTINGS):
         model.update_bias(load_LE)
 
     run = SimpleNamespace(settings=settings, optimizers=optimizers, model=model, is_compiled=GPU)
+    machine.keep_masters(run)
     taken = machine.recorded(take_step, run)
 
     def step():

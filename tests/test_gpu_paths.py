@@ -151,7 +151,8 @@ def test_a_cuda_graph_generates_what_eager_does(batch, compile):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_recorded_training_step_does_what_the_step_does(router, tmp_path):
     """Rates, batches, noise and the balancing bias reach a CUDA graph, the same way each time."""
-    flags = f"--data stories --draw_mb 1 --steps 24 --log_every 1 --save_every 12 --router {router}"
+    flags = "--data stories --draw_mb 1 --steps 24 --log_every 1 --save_every 12 --muon_ffn"
+    flags += f" --router {router}"
     losses = []
     for name, compiles in (
         ("graph", "--compile"),

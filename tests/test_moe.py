@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     ROUTERS,
     assert_close,
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 import lamoe
 from data import kernels
+from data.run.machine import has_compiler
 
 # ---------------------------------------------------------------------------------------------
 # Dispatch
@@ -421,3 +423,31 @@ def test_experts_with_a_backward_written_out_equal_autograds():
     grads = (torch.autograd.grad(y, leaves, dy) for y in (ours, plain))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_three_numbers_in_bf16_are_one_in_fp32(compiled):
+    """Also where a compiler would leave out roundings."""
+    backend = "inductor" if has_compiler("cpu") else "aot_eager"
+    split = torch.compile(kernels.in_three, backend=backend) if compiled else kernels.in_three
+    x = torch.randn(9, 16, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 9, 16)
+    parts = split(x)
+    assert {part.dtype for part in parts} == {torch.bfloat16}
+    assert torch.equal(sum(part.double() for part in parts).float(), x)
+
+
+def test_logits_by_products_in_bf16_equal_those_in_fp32(monkeypatch):
+    """Their gradients are those of a product in bf16. (A CPU's mm can't sum in fp32.)"""
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: mm(a.to(out_dtype), b.to(out_dtype)))
+    generator = torch.Generator().manual_seed(0)
+    x_ND = torch.randn(50, 64, generator=generator).bfloat16().requires_grad_()
+    weight_ED = torch.randn(5, 64, generator=generator).requires_grad_()
+    grad_NE = torch.randn(50, 5, generator=generator)
+    ours = kernels.RouterLogits.apply(x_ND, weight_ED)
+    plain = F.linear(x_ND.float(), weight_ED)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    assert (ours - F.linear(x_ND, weight_ED.bfloat16())).abs().max() > 1e-3  # it could fail
+    grads = (torch.autograd.grad(y, (x_ND, weight_ED), grad_NE) for y in (ours, plain))
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == b.dtype and (a - b).norm() < 1e-2 * b.norm()

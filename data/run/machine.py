@@ -18,6 +18,7 @@ import lamoe
 from data.run import checkpoint, ranks
 from data.run.flags import first_line
 from data.run.log import print_line
+from data.run.masters import Masters
 
 
 def pick_dtype(name: str, device: str) -> str:
@@ -132,6 +133,7 @@ def compile_model(run) -> bool:
     print_line("compile    writing kernels for this model; about half a minute, less the next time")
     if not has_compiler(run.settings.device):
         return False
+    keep_masters(run)
     compile_blocks(run.model)
     here = [torch.cuda.current_device()] if run.settings.device == "cuda" else []
     with torch.random.fork_rng(here), warnings.catch_warnings():  # leaves no trace in the run
@@ -155,11 +157,25 @@ def set_rates(optimizers, share: float) -> None:
             group["lr"] = rate
 
 
+def can_record(run) -> bool:
+    """Whether a compiled step can be a CUDA graph: on one GPU."""
+    if run.settings.device != "cuda" or ranks.WORLD > 1:
+        return False
+    # Before Hopper a grouped product asks for its rows.
+    return not run.model.sparse_layers or torch.cuda.get_device_capability() >= (9, 0)
+
+
+def keep_masters(run) -> None:
+    """Puts what Muon trains into bf16, if a step is to be recorded. (Several micro-steps would add
+    their gradients in bf16.) Before the model is compiled, for that looks at dtypes.
+    """
+    if can_record(run) and run.settings.dtype == "bf16" and run.settings.grad_accum == 1:
+        Masters(run.model, run.optimizers[0])
+
+
 def recorded(take_step, run):
     """take_step as a CUDA graph, if it runs on one GPU, compiled; else itself."""
-    works = run.is_compiled and run.settings.device == "cuda" and ranks.WORLD == 1
-    if works and run.model.sparse_layers:  # before Hopper a grouped product asks for its rows
-        works = torch.cuda.get_device_capability() >= (9, 0)
+    works = run.is_compiled and can_record(run)
     for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
         group["lr"] = torch.tensor(float(group["lr"]), device="cuda") if works else 0.0
         if "capturable" in group:  # AdamW wants to be told
@@ -173,7 +189,8 @@ def compile_muon(muon) -> None:
     """Compiles Muon's step, by one from nothing at a rate of 0. (In a recorded step that pays; else
     starting it costs Python more than it saves the GPU.)
     """
-    muon.move = torch.compile(muon.move, dynamic=False)
+    if not isinstance(muon.move, Masters):  # which compiles it
+        muon.move = torch.compile(muon.move, dynamic=False)
     muon.share = torch.ones((), device="cuda")
     state, muon.state = muon.state, collections.defaultdict(dict)
     for weight in (weight for group in muon.param_groups for weight in group["params"]):

@@ -127,6 +127,16 @@ def average_unsharded(parallel) -> None:
     torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
 
 
+def total_norm(grads) -> torch.Tensor:
+    """torch's get_total_norm, in fp32 if gradients are in bf16, too."""
+    if is_shard(grads[0]):
+        return torch.nn.utils.get_total_norm(grads)
+    norms, fp32 = [], torch.float32
+    for dtype in dict.fromkeys(grad.dtype for grad in grads):  # together they would take longer
+        norms += torch._foreach_norm([grad for grad in grads if grad.dtype == dtype], dtype=fp32)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
 def clip_gradients(parallel, most: float, muon) -> torch.Tensor:
     """Scales gradients down to a norm of at most `most`; returns the norm before, of all shards.
 
@@ -134,7 +144,7 @@ def clip_gradients(parallel, most: float, muon) -> torch.Tensor:
     """
     parameters = [p for p in parallel.parameters() if p.grad is not None]
     parts = [[p for p in parameters if is_shard(p) == of_shards] for of_shards in (False, True)]
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in part]) for part in parts if part]
+    norms = [total_norm([p.grad for p in part]) for part in parts if part]
     norms = [norm.full_tensor() if is_shard(norm) else norm for norm in norms]
     total = torch.linalg.vector_norm(torch.stack(norms))
     muon.share = (most / (total + 1e-6)).clamp(max=1.0)
