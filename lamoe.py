@@ -817,7 +817,7 @@ class Step:
     def __init__(self, model: LaMoE, B: int, length: int, filters: tuple, penalty: float, stop):
         device, V = model.embed.weight.device, model.config.vocab_size
         self.model, self.filters, self.penalty, self.stop = model, filters, penalty, stop
-        self.length, self.dtype = length, compute_dtype(model.embed.weight)
+        self.length, self.sample, self.dtype = length, sample, compute_dtype(model.embed.weight)
         self.cache = Cache(model.config, B, length, device, self.dtype)
         self.attention, self.moe = pick_kernels(self.cache.layers[0][0], model.config)
         self.moe = moe_one if B == 1 else self.moe
@@ -863,7 +863,7 @@ class Step:
             self.seen_BV.scatter_(1, ids_BT, True)
             factor_BV = torch.where(logits_BV > 0, 1 / self.penalty, self.penalty)
             logits_BV = torch.where(self.seen_BV, logits_BV * factor_BV, logits_BV)
-        ids_B = sample(logits_BV, self.noise_BV, *self.filters)
+        ids_B = self.sample(logits_BV, self.noise_BV, *self.filters)
         if self.stop is not None:
             ids_B = torch.where(self.done_B, self.stop, ids_B)
             self.done_B |= ids_B == self.stop

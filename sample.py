@@ -23,13 +23,12 @@ import torch
 
 import train
 from data.run.flags import OneLineParser, first_line, number, one_line_errors, pick_device
-from data.run.machine import has_compiler
 from data.run.routers import router_name
 from data.run.scoring import score
 
 # --- 1. Flags -------------------------------------------------------------------------------------
 
-LONG = 100_000  # tokens: from there on compiling (half a minute) saves the time that it takes
+LONG = {"cpu": 100_000, "mps": 100_000, "cuda": 2_000}  # tokens: from there on compiling pays
 
 
 class Parser(OneLineParser):
@@ -61,7 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     few = number(int, lambda n: 0 < n <= 1024, "above 0 and at most 1024")
     add("-n", type=few, default=1, help="how many continuations, generated as one batch")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--compile", action="store_true", help=f"write code for it; by itself from {LONG:,} on")
+    add("--compile", action="store_true", help="write code for it; by itself for long texts")
     add("--show_experts", action="store_true", help="which expert each token went to")
     add("--text", metavar="FILE", action="append", default=[], help="only show a text's experts")
     layer = number(int, lambda n: n >= 0, "0 or more")
@@ -134,8 +133,8 @@ def answer(model, tokenizer, prompt: str, args, generator: torch.Generator) -> l
     batch_BT = torch.tensor([ids] * args.n, device=args.device)
     texts = [Continuation(tokenizer, args.stop, tokenizer.stops) for _ in range(args.n)]
     show = partial(print, end="", flush=True) if args.n == 1 else lambda piece: None
-    is_long = args.n == 1 and min(args.max_new_tokens, seq_len - len(ids)) >= LONG
-    compiled = (args.compile or is_long) and has_compiler(args.device)
+    is_long = args.n == 1 and min(args.max_new_tokens, seq_len - len(ids)) >= LONG[args.device]
+    compiled = args.compile or is_long
     started = time.perf_counter()
     show(prompt)
     try:

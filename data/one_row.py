@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import lamoe
+from data.run.machine import has_compiler
 
 LARGE = 2**18  # numbers in a matrix: below, two threads take longer to meet than to multiply
 
@@ -100,6 +101,15 @@ def on_one_thread(step: Callable) -> Callable:
 
 class RowStep(lamoe.Step):
     """lamoe.Step, whose `next` is this file's where that is faster."""
+
+    def compile(self) -> None:
+        """On an NVIDIA card few kernels of our own, where they fit; else the compiler's, if any."""
+        from data import gpu_step  # here: importing Triton takes a second
+
+        if self.position.is_cuda and gpu_step.covers(self):
+            self.next = gpu_step.FewKernels(self)
+        elif has_compiler(self.position.device.type):
+            super().compile()
 
     def read(self, ids_BT: Tensor) -> None:
         super().read(ids_BT)

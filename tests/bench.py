@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import lamoe
 import train
+from data import one_row
 from data.run import machine, ranks
 from data.run.log import Meter
 from data.run.machine import autocast, compile_blocks
@@ -281,11 +282,14 @@ def bench_generate(bandwidth: float) -> None:
     print(
         "model    batch  way                     tokens/s  active bytes/s of copy bandwidth  ready"
     )
-    ways = {"eager": (False, False), "graph": (True, False), "compiled, graph": (True, True)}
+    plain, ours = one_row.RowStep.__base__, one_row.RowStep
+    ways = {"eager": (plain, False, False), "graph": (plain, True, False)}
+    ways |= {"compiled, graph": (plain, True, True), "few kernels, graph": (ours, True, True)}
     for name, shape, batch, n, some in (
         ("small", SMALL, 1, 500, ways),
         ("large", LARGE, 1, 500, ways if GPU else {}),
-        ("large", LARGE, 64, 200, ("graph", "compiled, graph") if GPU else {}),
+        ("small", SMALL, 32, 200, list(ways)[1:] if GPU else {}),
+        ("large", LARGE, 64, 200, list(ways)[1:] if GPU else {}),
     ):
         for way in some if GPU else list(some)[:1]:
             clean()
@@ -294,7 +298,8 @@ def bench_generate(bandwidth: float) -> None:
                 if weight.dim() > 1:
                     torch.nn.init.normal_(weight, std=0.02)
             total, active = lamoe.count_parameters(model)["all"]
-            ids_BT, (graph, compiled) = torch.randint(99, (batch, 16), device=DEVICE), ways[way]
+            ids_BT = torch.randint(99, (batch, 16), device=DEVICE)
+            lamoe.Step, graph, compiled = ways[way]
             n_new = 5 if SMALLEST else 60 if way == "eager" else n
             start = time.perf_counter()
             tokens = model.generate(

@@ -400,7 +400,7 @@ def test_a_start_imports_neither_torchs_compiler_nor_its_shards(tmp_path):
     start = (
         "import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], None, '__main__')"
     )
-    names = "torch._dynamo sympy torch.distributed.tensor matplotlib tokenizers".split()
+    names = "torch._dynamo sympy torch.distributed.tensor triton matplotlib tokenizers".split()
     check = f"; print([name for name in {names} if name in sys.modules])"
     flags = ["Once", "--model", "model.pt", "--max_new_tokens", "2"]
     command = [sys.executable, "-c", start + check, sample.__file__, *flags]

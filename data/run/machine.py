@@ -15,7 +15,6 @@ import warnings
 import torch
 
 import lamoe
-from data import kernels
 from data.run import checkpoint, ranks
 from data.run.flags import first_line
 from data.run.log import print_line
@@ -103,6 +102,8 @@ def compile_blocks(model: lamoe.LaMoE) -> None:
 
     `forward` and not the module, so that what FSDP hooks around a block stays outside.
     """
+    from data import kernels  # here: importing Triton takes a second
+
     kernels.use()
     for block in model.blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
