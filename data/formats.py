@@ -32,7 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data.rows import TABLES, read_rows
+from data.rows import TABLES, few, read_rows
 from data.unpack import PACKED, unpacked
 
 SEPARATOR = "<|endoftext|>"  # a line of its own in files, a token for the model
@@ -385,6 +385,11 @@ PLAYS = ("play", "playname", "movie", "film", "movietitle", "title", "episode")
 PLACES = ("actsceneline", "linenumber")  # "1.2.77": act, scene, line; empty: nobody speaks
 TEXTS = ("text", "content", "body", "article", "story", "document", "messages", "conversations")
 TEXTS += ("review", "description")
+# What is asked and what is answered, in reading order: a row with both is like messages.
+ASKED = ("system", "systemprompt", "instruction", "context", "prompt", "question", "query")
+ASKED += ("problem", "input", "inputs")
+ANSWERED = ("completion", "response", "output", "answer", "answers", "answerstext", "solution")
+ANSWERED += ("targets", "chosen")
 
 
 def column(header, wanted: tuple, part=False) -> str | None:
@@ -404,13 +409,16 @@ def column(header, wanted: tuple, part=False) -> str | None:
 def table(rows, name: str, text_column: str, note):
     """Yields the documents of a table, and tells note() which columns they come from."""
     rows = iter(rows)
-    first = list(itertools.islice(rows, 1000))
+    first = few(rows)
     rows, header = itertools.chain(first, rows), list(dict.fromkeys(k for r in first for k in r))
+    if not first:
+        return iter(())
     if text_column:
-        if first and text_column not in header:
+        chosen = [text_column] if text_column in header else text_column.split(",")
+        if missing := [name for name in chosen if name not in header]:
             have = ", ".join(map(str, header))
-            raise ValueError(f"{name} has no column {text_column!r}; it has: {have}")
-        return texts_of(rows, text_column, name, note)
+            raise ValueError(f"{name} has no column {missing[0]!r}; it has: {have}")
+        return texts_of(rows, chosen, name, note)
     if {"page", "section_title", "text"} <= set(header):
         note(f"{name} has pages in sections")
         return pages(rows)
@@ -424,21 +432,48 @@ def table(rows, name: str, text_column: str, note):
     ):
         note(f"{name} has lines {line!r} of speakers {speaker!r}")
         return scenes(rows, speaker, line, column(header, PLAYS), column(header, PLACES))
-    lengths = {key: sum(len(str(row.get(key) or "")) for row in first) for key in header if key}
-    chosen = column(header, TEXTS) or max(lengths, key=lengths.get, default="")
-    note(f"{name}: text is column {chosen!r} (another: --text_column)")
+    asked, answered = (
+        [found for want in wanted if (found := column(header, (want,)))]
+        for wanted in (ASKED, ANSWERED)
+    )
+    if text := column(header, TEXTS):
+        chosen = [text]
+    elif asked and answered:
+        chosen = list(dict.fromkeys(asked + answered))
+    else:  # what is called so inside, "row.text", or what most looks like prose
+        inner = {name.rpartition(".")[2]: name for name in header}
+        by_prose = max(
+            header, key=lambda key: prose(row.get(key) or "" for row in first), default=""
+        )
+        chosen = [inner.get(column(inner, TEXTS), by_prose)]
+    names = " and ".join(map(repr, chosen))
+    note(f"{name}: text is column {names} (another: --text_column)")
     return texts_of(rows, chosen, name, note)
 
 
-def texts_of(rows, chosen: str, name: str, note):
-    """Yields the texts in a column, and says how many rows have none."""
+def prose(texts) -> tuple[int, int]:
+    """How much like prose a column is: its characters in words of letters, then those in all."""
+    words = [word for text in texts for word in text.split()]
+    letters = sum(len(word) for word in words if not re.search(r"[\d/@_\\]", word))
+    return letters, sum(map(len, words))
+
+
+def texts_of(rows, chosen: list[str], name: str, note):
+    """Yields the texts in a column, or in several as in messages, and says how many rows have none.
+
+    >>> list(texts_of([{"prompt": "Hi", "answer": "Hello."}], ["prompt", "answer"], "", print))
+    ['prompt:\nHi\n\nanswer:\nHello.']
+    """
     missing, n = 0, 0
     for n, row in enumerate(rows, 1):
-        text = row.get(chosen) or ""
-        missing += not text.strip()
-        yield text
+        parts = [(column, row.get(column) or "") for column in chosen]
+        parts = [(column, part) for column, part in parts if part.strip()]
+        missing += not parts
+        many = len(chosen) > 1
+        yield "\n\n".join(f"{column}:\n{part}" if many else part for column, part in parts)
     if missing:
-        note(f"{name}: {missing:,} of {n:,} rows have no text in {chosen!r} and are left out")
+        names = " and ".join(map(repr, chosen))
+        note(f"{name}: {missing:,} of {n:,} rows have no text in {names} and are left out")
 
 
 def pages(rows):

@@ -11,6 +11,7 @@ import io
 import json
 import lzma
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -237,6 +238,93 @@ def test_a_bad_table_is_refused_with_the_place(name, content, words):
     with pytest.raises(ValueError) as error:
         read(name, "body" if "column" in words[0] else "")
     assert [word for word in words if word not in str(error.value)] == []
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        ('"id, or n";text\n1;"a;\nb"\n', ["a;\nb"]),  # a comma in the header
+        ("id|text\n1|a, b\n", ["a, b"]),
+        ("sep=;\nid;text\n1;a\n", ["a"]),  # as Excel writes it
+        ("\ufeffid,text\r\n\r\n1,a\r\n", ["a"]),
+        ("\n\nid,text\n1,a\n", ["a"]),
+        ('id, text\n1, "a, b"\n', ["a, b"]),
+        ("text,text,text\na,b,c\n", ["a"]),  # none replaces another
+        ("id,text,,\n1,a,,\n", ["a"]),
+        ("n,2019,text\n1,2,a\n", ["a"]),  # a year is a name
+    ],
+)
+def test_dialects_of_csv(content, found):
+    assert texts(write("a.csv", content)) == found
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (
+            'id\ttext\n1\t"Hi," he said\n2\t"open\n3\t5" wide\n',
+            ['"Hi," he said', '"open', '5" wide'],
+        ),
+        ('id\ttext\n1\t"said ""Hi"""\n2\t"a\tb\nc"\n', ['said "Hi"', "a\tb\nc"]),
+        ('id\ttext\n1\t"a"\n2\tb\n', ["a", "b"]),
+    ],
+)
+def test_quotes_of_a_tsv_are_text_where_they_quote_no_field(content, found):
+    assert texts(write("a.tsv", content)) == found
+
+
+def test_columns_of_one_name_are_all_there():
+    write("a.csv", "text,text\na,b\n")
+    assert texts("a.csv", "text.2") == ["b"]
+
+
+@pytest.mark.parametrize("content", ["1,hello there\n2,bye\n", "great film,0.5\nbad,0.1\n"])
+def test_a_first_row_is_not_taken_for_the_header(content):
+    write("a.csv", content)
+    with pytest.raises(ValueError, match="begins with text, not with names of columns; add them"):
+        read("a.csv")
+
+
+@pytest.mark.parametrize(
+    "row, found",
+    [
+        ({"url": "https://a.org/a/very/long/name", "comment": "good one"}, "good one"),
+        ({"id": "12345678901234567890", "said": "yes"}, "yes"),
+        ({"key": "ab12cd34ef56ab12cd34", "satz": "\u4f60\u597d\u3002"}, "\u4f60\u597d\u3002"),
+        ({"row": {"id": "a long identifier", "text": "a"}}, "a"),
+        ({"prompt": "p", "completion": " c"}, "prompt:\np\n\ncompletion:\n c"),
+        (
+            {"output": "o", "input": "", "instruction": "i"},
+            "instruction:\ni\n\noutput:\no",
+        ),
+        ({"context": "c", "question": "q", "answers": {"text": ["a", "b"]}}, None),
+        ({"prompt": "p", "response": "r", "text": "p r"}, "p r"),
+    ],
+)
+def test_the_column_that_is_guessed_is_prose_or_what_is_asked_and_answered(row, found):
+    write("a.jsonl", json.dumps(row))
+    squad = "context:\nc\n\nquestion:\nq\n\nanswers.text:\na\nb"
+    assert texts("a.jsonl") == [found or squad]
+
+
+def test_several_columns_may_be_named():
+    write("a.csv", "a,b,c\n1,x,y\n2,,z\n")
+    assert texts("a.csv", "c,b") == ["c:\ny\n\nb:\nx", "c:\nz"]
+    with pytest.raises(ValueError, match="no column 'd'; it has: a, b, c"):
+        read("a.csv", "c,d")
+
+
+def test_rows_of_books_are_not_gathered_before_the_first_is_read():
+    """What a table is, is seen from a thousand rows, or from the first few megabytes."""
+    asked = []
+
+    def books():
+        for n in range(40):
+            asked.append(n)
+            yield {"text": "word " * 200_000}
+
+    next(iter(formats.table(books(), "a.jsonl", "", print)))
+    assert len(asked) < 15
 
 
 # ---------------------------------------------------------------------------------------------
@@ -710,6 +798,71 @@ def test_broken_json_is_named(content):
         read("a.json")
 
 
+A, B = {"text": "a"}, {"text": "b"}
+LONG = [{"text": f"{i}"} for i in range(3000)]
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        # an array beside the rows
+        ({"columns": [{"name": "text", "type": "string"}], "rows": [{"row": A}]}, ["a"]),
+        ({"tags": ["some", "tags"], "items": [A, B]}, ["a", "b"]),
+        ({"errors": [], "n": [1, 2], "items": [A, B]}, ["a", "b"]),
+        ({"train": [A], "test": [B], "labels": [{"name": "x"}]}, ["a", "b"]),
+        (
+            {"n": [*range(3000)], "train": LONG, "test": [B], "x": [{"y": "z"}]},
+            [r["text"] for r in LONG] + ["b"],
+        ),
+        # a table by columns, or by names
+        ({"id": [1, 2], "text": ["a", "b"]}, ["a", "b"]),
+        ({"id": {"0": 1, "1": 2}, "text": {"0": "a", "1": "b"}}, ["a", "b"]),
+        ({"x1": A, "x2": B}, ["a", "b"]),
+        # one row
+        ({"tags": ["x", "y"], "text": "a"}, ["a"]),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": [{"b": "c"}]}, ["user:\na"]),
+    ],
+)
+def test_the_rows_of_an_object_are_found(content, found):
+    for indent in (None, 1):
+        assert texts(write("a.json", json.dumps(content, indent=indent))) == found
+
+
+def test_two_long_arrays_of_texts_are_refused():
+    long = [f"{i}" for i in range(3000)]
+    write("a.json", json.dumps({"title": long, "text": long}))
+    with pytest.raises(ValueError, match="several long arrays; write a row a line"):
+        read("a.json")
+
+
+@pytest.mark.parametrize("between", ["", " ", "\n", "\n\n"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n", " "])
+def test_json_that_follows_json_is_read_too(start, between):
+    for indent in (None, 1):
+        content = start + between.join(json.dumps(row, indent=indent) for row in (A, B))
+        assert texts(write("a.json", content)) == ["a", "b"]
+    assert texts(write("a.json", f"{start}[{json.dumps(A)}]{between}[{json.dumps(B)}]")) == [
+        "a",
+        "b",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content", ['[{"text": "a"}] garbage', '{"text": "a"}{', '{"a": 1 "b": 2}']
+)
+def test_what_follows_json_is_not_left_out_in_silence(content):
+    write("a.json", content)
+    with pytest.raises(ValueError, match="a.json is no JSON at .* rename it to .txt"):
+        read("a.json")
+
+
+def test_a_long_value_of_json_takes_no_quadratic_time():
+    text = json.dumps([{"text": "a", "list": ["word"] * 500_000}])
+    blocks, started = in_blocks(text, [1 << 14]), time.process_time()
+    assert [row["text"] for row in rows.json_rows(blocks, "a.json")] == ["a"]
+    assert time.process_time() - started < 5  # read anew with each block, it took 10
+
+
 def test_an_object_without_rows_is_a_row_and_lines_of_json_are_rows():
     assert texts(write("a.json", '{"n": 1, "text": "one"}')) == ["one"]
     lines = ['{"messages": [{"role": "user", "content": "Hi"}]}'] * 2
@@ -726,8 +879,23 @@ def test_an_object_without_rows_is_a_row_and_lines_of_json_are_rows():
             {"role": "tool", "content": None},
             {"role": "user", "content": [{"type": "image", "url": {}}, "Hi"], "name": "x"},
         ],
+        [
+            {"role": "system", "content": [{"type": "input_text", "text": "Be kind."}]},
+            {"role": "user", "content": [{"type": "text", "text": None}, ["Hi"]]},
+        ],
     ],
 )
 def test_messages_are_joined_in_reading_order_with_roles_as_lines(messages):
     write("a.jsonl", json.dumps({"prompt_id": "123", "messages": messages}))
     assert texts("a.jsonl") == ["system:\nBe kind.\n\nuser:\nHi"]
+
+
+def test_what_a_tool_is_asked_is_text_too():
+    call = {"type": "function", "function": {"name": "sum", "arguments": '{"a": 1}'}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages += [
+        {"role": "tool", "content": "3"},
+        {"role": "user", "content": "", "tool_calls": None},
+    ]
+    write("a.jsonl", json.dumps({"messages": messages}))
+    assert texts("a.jsonl") == [f"assistant:\n{json.dumps(call)}\n\ntool:\n3"]
