@@ -109,7 +109,8 @@ def read(
     """
     if name in DRAWN:
         return read_drawn(name, train_bytes)
-    parts = [name] if Path(name).exists() else name.split(",")
+    is_one = name and os.path.exists(find_path(name))  # it may be too long for a path
+    parts = [name] if is_one else [part.strip() for part in name.split(",")]
     if drawn := [part for part in dict.fromkeys(parts) if part in DRAWN]:
         others = ",".join(part for part in parts if part not in DRAWN)
         corpora = [read_drawn(part, train_bytes) for part in drawn]
@@ -147,7 +148,7 @@ def read(
 
 
 def find_path(name: str) -> Path:
-    return SETS / name if name in download.SETS else Path(name)
+    return SETS / name if name in download.SETS else Path(os.path.expanduser(name))
 
 
 def identities(path: Path) -> list[tuple]:
@@ -172,6 +173,10 @@ def identities(path: Path) -> list[tuple]:
 def check_name(name: str) -> None:
     """ValueError unless something of that name is here."""
     known, path = name in download.SETS, find_path(name)
+    if not name:  # Path("") is the folder where one is
+        raise ValueError("a name of --data is empty; give a path, or . for this folder")
+    if "://" in name:
+        raise ValueError(f"{name} is not on this machine; fetch it, and give --data its path")
     if not path.exists():
         if known:
             raise ValueError(f"{name} is not here yet; fetch it: python data/datasets.py {name}")
@@ -188,7 +193,9 @@ def find(name: str, suffix: str = "") -> list[formats.Member]:
     members = formats.find(path, suffix)
     if not members:
         remedy = f"fetch it: python data/datasets.py {name}" if known else "name another"
-        raise ValueError(f"{path} holds no file of UTF-8 text; put text there, or {remedy}")
+        has = formats.left_out(path, []).partition(": left out: ")[2]
+        but = f", but {has}" if has else ""
+        raise ValueError(f"{path} holds no file of UTF-8 text{but}; put text there, or {remedy}")
     return members
 
 
@@ -230,7 +237,7 @@ def documents_table(pieces, key, progress=None, total: int = 0) -> Table:
 
 def scan(pieces, progress=None, size_of_all: int = 0) -> Table:
     """Reads all of a text once; size_of_all, if known, tells how long that takes [bytes]."""
-    digests, bodies, sources = array("Q"), array("Q"), array("B")
+    digests, bodies, sources = array("Q"), array("Q"), array("H")
     n_chars, n_bytes, names, notes = array("q"), array("q"), {}, []
     digest, body, chars, size = hashlib.sha256(), hashlib.blake2b(digest_size=8), 0, 0
     total, started, said = 0, time.monotonic(), 0.0
@@ -256,7 +263,24 @@ def scan(pieces, progress=None, size_of_all: int = 0) -> Table:
                 )
             progress(line)
     arrays = (np.array(column) for column in (digests, bodies, n_chars, n_bytes, sources))
-    return Table(*arrays, list(names), list(dict.fromkeys(notes)))
+    return Table(*arrays, list(names), brief(notes))
+
+
+def brief(notes: list[str], most: int = 8) -> list[str]:
+    """Each note once: what is said of many files is said of the first and their number.
+
+    >>> brief(["a.csv: 2 rows", "b.csv: 2 rows", "b.csv has pages"])
+    ['a.csv (and 1 more): 2 rows', 'b.csv has pages']
+    """
+    names = {}
+    for note in dict.fromkeys(" ".join(note.split()) for note in notes):
+        name, colon, what = note.partition(": ")
+        names.setdefault(colon + what if what else note, []).append(name if what else "")
+    lines = [
+        first + (f" (and {len(others):,} more)" if others else "") + what
+        for what, (first, *others) in names.items()
+    ]
+    return lines[:most] + [f"and {len(lines) - most:,} other notes"] * (len(lines) > most)
 
 
 def split(name: str, pieces, table: Table) -> Corpus:
@@ -270,6 +294,9 @@ def split(name: str, pieces, table: Table) -> Corpus:
         raise ValueError(f"{name} is empty; name a file with text in it")
     n, copies = fresh.sum(), np.sum(~fresh)
     key = hashlib.sha256(table.digests.tobytes() + table.sources.tobytes()).hexdigest()[:16]
+    used = np.unique(table.sources[fresh])  # not those of copies alone
+    places = np.searchsorted(used, table.sources)
+    table = table._replace(sources=places, names=[table.names[i] for i in used])
     if ends := ends_of_training(table, fresh):
         pieces = partial(cut, Documents(pieces, fresh, 0, table.sources), ends)
         table = scan(pieces)._replace(notes=table.notes)

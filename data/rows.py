@@ -210,7 +210,10 @@ def rows_in(row: dict):
     if arrays:
         kinds = {name: [isinstance(v, dict) for v in values[:1]] for name, values in arrays.items()}
         best = max(arrays, key=lambda k: (k in ("rows", "data"), kinds[k], n_chars(arrays[k])))
-        return rows_beside(row, arrays[best][0]) if any(kinds[best]) else arrays[best]
+        if any(kinds[best]):
+            return rows_beside(row, arrays[best][0])
+        if best in ("rows", "data") or 2 * n_chars(arrays[best]) >= n_chars(row):
+            return arrays[best]
     if objects and len(objects) == len(row):
         if all(map(str.isdecimal, objects[0])):
             return [{name: row[name].get(key) for name in row} for key in objects[0]]

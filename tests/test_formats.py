@@ -10,7 +10,9 @@ import gzip
 import io
 import json
 import lzma
+import os
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -639,10 +641,111 @@ def test_of_a_folder_a_line_tells_what_was_left_out_and_what_to_do():
     )
 
 
-def test_a_pointer_of_git_lfs_is_no_text():
-    write("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
-    with pytest.raises(ValueError, match="a.txt is a pointer of Git LFS.*git lfs pull"):
-        read("a.txt")
+def test_a_pointer_of_git_lfs_is_no_text_and_to_an_image_nothing():
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"
+    write("code/a.py", "code")
+    write("code/logo.png", pointer)
+    assert texts("code") == ["code"]
+    write("code/a.txt", pointer)
+    for name in ("code", "code/a.txt"):
+        with pytest.raises(ValueError, match="a.txt is a pointer of Git LFS.*git lfs pull"):
+            read(name)
+
+
+def test_settings_beside_code_are_text_and_tables_beside_it_tables():
+    files = {
+        "a.py": "code",
+        "broken.json": "{",
+        "comments.json": '// of a person\n{"a": 1,}',
+        "package.json": '{"name": "x", "description": "y", "files": ["a", "b"], "n": {"o": "p"}}',
+        "numbers.json": "[1, 2]",
+        "rows.json": '[{"text": "one"}, {"text": "two"}]',
+        "broken.csv": "a,b\n1,2,3\n",
+        "rows.csv": "id,said\n1,three\n",
+    }
+    for name, content in files.items():
+        write(Path("code") / name, content)
+    found, notes = read("code")
+    rows = ["one", "two", "three"]
+    plain = [text for name, text in files.items() if name[:4] != "rows"]
+    assert sorted(text for _, text in found) == sorted(rows + plain)
+    assert notes[-1].startswith("read as plain text: broken.csv, line 2: a row of 3")
+    assert notes[-1].endswith("(and 4 more)")
+    for name in ("a.py", "comments.json", "package.json", "numbers.json", "broken.csv"):
+        Path("code", name).unlink()
+    with pytest.raises(ValueError, match="broken.json is no JSON"):  # tables alone: one is broken
+        read("code")
+
+
+def test_of_a_notebook_the_cells_are_text():
+    cells = [{"cell_type": "markdown", "source": ["# A\n", "b"]}]
+    cells += [{"cell_type": "code", "source": "1 + 1", "outputs": [{"text": ["2"]}]}]
+    write("a.ipynb", json.dumps({"cells": cells, "metadata": {}, "nbformat": 4}))
+    assert texts("a.ipynb") == ["# A\nb\n\n1 + 1"]
+    write("a.ipynb", "no notebook")
+    assert texts("a.ipynb") == ["no notebook"]
+
+
+def test_a_zero_byte_far_into_a_file_of_a_folder_leaves_that_out():
+    write("mine/a.txt", "text")
+    write("mine/setup.sh", b"#!/bin/sh\n" * 1000 + b"\0")
+    found, notes = read("mine")
+    assert [text for _, text in found] == ["text"] and "setup.sh is not text" in notes[0]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tgz", "tar.xz"])
+def test_a_tar_archive_is_to_be_unpacked(suffix):
+    with tarfile.open("a.tar", "w") as archive:
+        archive.add(write("a.txt", "some text"))
+    data = Path("a.tar").read_bytes()
+    pack = {"tgz": gzip, "tar.gz": gzip, "tar.xz": lzma}.get(suffix)
+    write(f"b.{suffix}", pack.compress(data) if pack else data)
+    with pytest.raises(ValueError, match=f"tar archive; .*name the folder: tar -xf b.{suffix}"):
+        read(f"b.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zip"])
+def test_a_file_that_is_not_packed_as_it_says_is_named(suffix):
+    write(f"a.txt.{suffix}", "plain text")
+    with pytest.raises(ValueError, match=f"a.txt.{suffix} is (damaged,|no whole zip)"):
+        read(f"a.txt.{suffix}")
+
+
+def test_the_command_that_converts_a_file_suits_it():
+    for name, content, command in (
+        ("a b.txt", b"caf\xe9", "iconv -f cp1252 -t utf-8 'a b.txt' > utf8.txt"),
+        ("a.csv", "id,text".encode("utf-16"), "iconv -f utf-16 -t utf-8 a.csv > utf8.csv"),
+        ("a.txt", "text\n".encode("utf-32"), "iconv -f utf-32 -t utf-8 a.txt > utf8.txt"),
+        ("a.txt", b"caf\xc3\xa9 \xff", "iconv -c -f utf-8 -t utf-8 a.txt > utf8.txt"),
+    ):
+        write(name, content)
+        with pytest.raises(ValueError) as error:
+            read(name)
+        assert str(error.value).endswith(command)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes links")
+def test_links_to_folders_are_told_and_never_walked_in_circles():
+    write("mine/a.txt", "text")
+    write("other/b.txt", "more")
+    os.symlink("../other", "mine/other")
+    os.symlink(".", "mine/mine")
+    os.symlink("../other/b.txt", "mine/b.txt")
+    members = formats.find(Path("mine"))
+    assert [member.name for member in members] == ["a.txt", "b.txt"]
+    left = formats.left_out(Path("mine"), members)
+    assert left == "mine: left out: 2 link(s) to folders (name those: A,B)"
+
+
+def test_of_a_data_set_saved_by_the_hub_settings_are_no_rows():
+    for name in ("state.json", "dataset_info.json"):
+        write(Path("saved") / name, '{"features": {"text": {"dtype": "string"}}}')
+    write("saved/data-00000-of-00001.arrow", b"\xff\xff\xff\xff" + bytes(99))
+    assert formats.find(Path("saved")) == []
+    with pytest.raises(ValueError, match="saved holds no .* but 2 .json, 1 .arrow .Arrow: save as"):
+        datasets.read("saved")
+    write("readme/README.md", "a text of a person")
+    assert texts("readme") == ["a text of a person"]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -101,7 +101,9 @@ def one_line_errors(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except errors as error:
         if not quiet:
-            print(f"error: {first_line(error)}{hint(error)}", file=sys.stderr)
+            whole = " ".join(f"{error}".split())  # the name of a file may have line breaks
+            line = whole if isinstance(error, ValueError) and whole else first_line(error)
+            print(f"error: {line}{hint(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if stopped:

@@ -55,7 +55,7 @@ def new_folder(flags: dict) -> Path:
     if flags.get("out"):
         folder = Path(flags["out"])
     else:
-        folder = first_free(Path("runs") / Path(flags.get("data", "stories")).resolve().stem)
+        folder = first_free(Path("runs") / Path(flags.get("data", "stories")).resolve().stem[:60])
     if holds_a_run(folder):
         raise ValueError(
             f"{folder} already holds a run; go on: python train.py --resume --out {folder}; "
