@@ -144,7 +144,8 @@ def read(
     total = 0 if packed else sum(size for _, size, *_ in files)
     key = (files, parts, text_column, suffix)
     table = documents_table(pieces_and_notes, key, progress, total)
-    return split((Path(name).stem or Path(name).resolve().name)[:60], pieces, table)
+    again = partial(documents_table, key=(key, "cut"), progress=progress, total=total)
+    return split((Path(name).stem or Path(name).resolve().name)[:60], pieces, table, again)
 
 
 def find_path(name: str) -> Path:
@@ -283,7 +284,7 @@ def brief(notes: list[str], most: int = 8) -> list[str]:
     return lines[:most] + [f"and {len(lines) - most:,} other notes"] * (len(lines) > most)
 
 
-def split(name: str, pieces, table: Table) -> Corpus:
+def split(name: str, pieces, table: Table, scan=scan) -> Corpus:
     """One document in ten for validation, chosen by its content; a few long ones by position.
 
     By content: adding documents later moves none from one side to the other. Copies (but for white

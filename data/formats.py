@@ -349,7 +349,7 @@ def split_documents(blocks):
 
     Line breaks around a separator go with it. Blank documents are left out.
     """
-    text, inside, separated = "", False, False
+    text, inside, separated, clear = "", False, False, 0  # clear: no cut is before it
     for block in itertools.chain(blocks, [None]):
         text += block or ""
         known = len(text) if block is None else text.rfind("\n") + 1  # the last line may go on
@@ -358,16 +358,17 @@ def split_documents(blocks):
             document = document.rstrip("\n") if inside else document.strip("\n")
             if inside or document.strip():
                 yield document, True
-            inside, separated = False, True
+            inside, separated, clear = False, True, 0
         text = rest + text[known:]
         text = text if inside else text.lstrip("\n")
         while len(text) > PIECE and block is not None:
-            cut = find_cut.search(text, PIECE)
+            cut = find_cut.search(text, max(PIECE, clear))
+            clear = len(text.rstrip().rstrip("<").rstrip())  # at the end a cut may still come
             if not cut and len(text) < 16 * PIECE:
                 break
             at = cut.start() if cut else PIECE  # 16 megabytes without a gap: no text that we know
             yield text[:at], False
-            text, inside = text[at:], True
+            text, inside, clear = text[at:], True, 0 if cut else clear - at
     text = text.rstrip("\n") if separated else text
     if inside or text.strip():
         yield text, True

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import datasets, stories
+from data import datasets, formats, stories
 
 EOT = "<|endoftext|>"
 
@@ -474,3 +474,16 @@ def test_a_first_reading_tells_how_long_it_takes(tmp_path, monkeypatch):
     told = []
     datasets.read("many.txt", progress=told.append)
     assert "list of files" in told[0] and "of 0 MB" in told[1] and "s left" in told[1]
+
+
+def test_one_long_text_is_not_read_again_either_and_both_readings_tell_how_long(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(datasets, "CACHE", tmp_path / "cache")
+    write(tmp_path / "book.txt", "some words of a book\n" * 999)
+    told, read = [], []
+    text_blocks = formats.text_blocks
+    monkeypatch.setattr(formats, "text_blocks", lambda *a: read.append(a) or text_blocks(*a))
+    datasets.read("book.txt", progress=told.append)
+    assert len(read) == 2 and sum(" documents" in line for line in told) >= 2
+    assert datasets.read("book.txt").val and len(read) == 2

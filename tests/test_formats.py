@@ -428,6 +428,28 @@ def test_a_word_without_end_does_not_fill_the_memory(monkeypatch):
     assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
+def test_a_word_without_end_is_not_searched_again_and_again(monkeypatch):
+    """Each part of it once, or it takes hours for 300 MB."""
+    monkeypatch.setattr(formats, "PIECE", 1000)
+    monkeypatch.setattr(formats, "find_cut", counting := Counting(formats.find_cut))
+    text = "x" * 200_000 + " <" + "y" * 9 + f"\n{EOT}\nlast"
+    pieces = list(formats.split_documents(in_blocks(text, [700])))
+    assert "".join(piece for piece, _ in pieces) == text.replace(f"\n{EOT}\n", "")
+    assert counting.searched < 2 * len(text)
+
+
+class Counting:
+    """A pattern that counts what it looks at."""
+
+    def __init__(self, pattern):
+        self.pattern, self.searched = pattern, 0
+
+    def search(self, text, start):
+        found = self.pattern.search(text, start)
+        self.searched += (found.start() if found else len(text)) - start
+        return found
+
+
 # ---------------------------------------------------------------------------------------------
 # Zips and folders
 # ---------------------------------------------------------------------------------------------
