@@ -313,9 +313,12 @@ def parquet_rows(file, name: str):
         if not names:
             have = ", ".join(table.schema_arrow.names)
             raise ValueError(f"{name} has no column of text; it has: {have}")
-        for batch in table.iter_batches(64, columns=names, use_threads=False):
+        groups = map(table.metadata.row_group, range(table.num_row_groups))
+        size = sum(group.total_byte_size for group in groups)
+        n = max(1, min(64, table.metadata.num_rows * BLOCK // max(1, size)))  # a row may be a book
+        for batch in table.iter_batches(n, columns=names, use_threads=False):
             yield from (flat_row(row, name) for row in batch.to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"{name} is no whole Parquet file ({reason}); fetch it again") from None
 

@@ -11,6 +11,7 @@ import io
 import json
 import lzma
 import os
+import random
 import sys
 import tarfile
 import time
@@ -868,6 +869,34 @@ def test_parquet_is_read_by_column_and_refused_in_one_line():
         with pytest.raises(ValueError, match="c.parquet is no whole Parquet file") as error:
             read("c.parquet")
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.oracle
+def test_of_parquet_with_a_book_in_each_row_one_is_in_memory():
+    arrow = conftest.import_oracle("pyarrow")
+    rng = random.Random(0)
+    book = [{"text": rng.randbytes(1 << 20).hex()} for _ in range(30)]
+    write("a.parquet", parquet(book, row_group_size=1))
+    pool, most = arrow.default_memory_pool(), 0
+    before = pool.bytes_allocated()
+    for text in rows.parquet_rows(open("a.parquet", "rb"), "a.parquet"):
+        most = max(most, pool.bytes_allocated() - before)
+        assert len(text["text"]) == 2 << 20
+    assert most < 12 << 20
+
+
+@pytest.mark.oracle
+def test_parquet_without_rows_or_with_bytes_that_are_no_text():
+    arrow = conftest.import_oracle("pyarrow")
+    from pyarrow import parquet
+
+    text = arrow.array([b"a", b"\xff"])
+    broken = arrow.Array.from_buffers(arrow.string(), 2, text.buffers())
+    parquet.write_table(arrow.table({"text": broken}), "b.parquet")
+    with pytest.raises(ValueError, match="b.parquet is no whole Parquet file .*0xff"):
+        read("b.parquet")
+    parquet.write_table(arrow.table({"text": arrow.array([], "string")}), "c.parquet")
+    assert texts("c.parquet") == []
 
 
 CARD = "---\nlicense: mit\n---\n# A set\n"
