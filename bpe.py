@@ -159,14 +159,14 @@ def learn_merges(word_counts, n_merges, progress=None):
     """
     words = [utf8(word) for word in word_counts]
     # 0xFF never occurs in UTF-8: it keeps the words apart, and becomes -1, as do merged-away bytes.
-    ids = np.frombuffer(b"\xff".join([b"", *words, b""]), np.uint8).astype(np.int64)
+    ids = np.frombuffer(b"\xff".join([b"", *words, b""]), np.uint8).astype(np.int32)
     ids[ids == 0xFF] = -1
     weight = np.repeat([0, *word_counts.values()], [1, *(len(word) + 1 for word in words)])
-    after, before = np.arange(1, len(ids) + 1), np.arange(-1, len(ids) - 1)  # the neighbours
+    after, before = (np.arange(i, len(ids) + i, dtype=np.int32) for i in (1, -1))  # neighbours
     heap, merges, lengths = [], [], [1] * 256  # heap of (-count, pair as a number, its positions)
 
     def add_pairs(at):  # enter the pairs that start at positions `at`, grouped by an integer key
-        keys = ids[at] << 32 | ids[after[at]]  # ordered like the tuples (a, b)
+        keys = ids[at].astype(np.int64) << 32 | ids[after[at]]  # ordered like the tuples (a, b)
         order = np.argsort(keys, kind="stable")  # stable: positions stay in the order of the text
         at, keys = at[order], keys[order]
         starts = np.flatnonzero(np.diff(keys, prepend=-1))
