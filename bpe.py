@@ -402,16 +402,16 @@ def main():
     parser.add_argument("--out", metavar="PATH", help="where to save the tokenizer (JSON)")
     parser.error = fail  # one line, instead of the usage and then the error
     args = parser.parse_args()
-    folder = os.path.dirname(args.out or "") or "."
-    if args.out and (os.path.isdir(args.out) or not os.access(folder, os.W_OK)):
+    folder, out = os.path.dirname(args.out or "") or ".", os.path.realpath(args.out or "")
+    is_other = os.path.exists(out) > os.path.isfile(out) or out == os.path.realpath(args.file)
+    if args.out and (is_other or not os.access(folder, os.W_OK)):
         fail(f"--out {args.out}: cannot write there; name a file in an existing folder of yours")
     try:
         documents = read_documents(args.file)
         tok = Tokenizer.train(documents, args.vocab_size, partial(print, end="   \r", flush=True))
         few = "" if tok.vocab_size == args.vocab_size else ": the text has no more pairs to merge"
         ids = tok.encode_array(islice(read_documents(args.file), 64))  # 64 documents or blocks
-        ids = ids[ids != tok.eot]
-        if not len(ids):
+        if not len(ids := ids[ids != tok.eot]):
             fail(f"{args.file} is empty; give a file with some text")
         print(f"{f'{tok.vocab_size} ids{few}':40}")
         sentence = "Once, upon a time, 2 small dragons weren't asleep."  # ASCII, for any console
