@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+import zipfile
 from array import array
 from functools import cache, partial
 from pathlib import Path
@@ -225,9 +226,9 @@ def documents_table(pieces, key, progress=None, total: int = 0) -> Table:
         for module in (formats, rows, unpack, sys.modules[__name__])
     ]
     path = CACHE / f"table-{hashlib.sha256(repr((code, key)).encode()).hexdigest()[:16]}.npz"
-    if path.exists():
-        with np.load(path) as saved:
-            return Table(*(saved[field] for field in ARRAYS), *json.loads(str(saved["words"])))
+    none = OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile  # there, or damaged
+    with contextlib.suppress(*none), np.load(path) as saved:
+        return Table(*(saved[field] for field in ARRAYS), *json.loads(str(saved["words"])))
     table = scan(pieces, progress, total)
     CACHE.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:

@@ -71,7 +71,7 @@ def make_tokenizer(kind: str, vocab_size: int, corpus):
         return bpe.Tokenizer([])
     code = hashlib.sha256(Path(bpe.__file__).read_bytes()).hexdigest()[:8]  # an edit: learn anew
     path = datasets.CACHE / f"{corpus.key}-{vocab_size}-{bpe.UNICODE}-{code}.{kind}"
-    if path.exists():
+    with contextlib.suppress(ValueError):  # none is there, or it was damaged since
         return bpe.Tokenizer.load(path)
     bpe.Tokenizer.train([], vocab_size)  # of no text: refuses a size before words are counted
     most = SAMPLE if kind == "chars" else sample_size(corpus.train)
@@ -191,12 +191,20 @@ def encode_corpus(corpus, tokenizer, length: int, asked: str) -> tuple[np.ndarra
 
 
 def encode(documents, tokenizer, path: Path) -> np.ndarray:
-    """The ids of a datasets.Documents, mapped; made if not there."""
+    """The ids of a datasets.Documents, mapped; made if not there, or not whole."""
     remove_leftovers(path.parent, "*")
-    if not path.exists():
+    if not is_whole(path, tokenizer):
         with replacing(path) as file:
             write_ids(file, documents.pieces(), documents.n_bytes, tokenizer)
     return np.memmap(path, tokenizer.encode_array([]).dtype, "r")
+
+
+def is_whole(path: Path, tokenizer) -> bool:
+    """Whether a file of ids is there and ends with that of a text's end: a part of it would not."""
+    kind, size = tokenizer.encode_array([]).dtype, path.stat().st_size if path.exists() else 0
+    if not size or size % kind.itemsize:
+        return False
+    return np.fromfile(path, kind, offset=size - kind.itemsize)[0] == tokenizer.eot
 
 
 def write_ids(file, pieces, n_bytes: int, tokenizer) -> None:

@@ -89,6 +89,28 @@ def test_the_second_time_nothing_is_encoded(cache):
     assert second.tolist() == first.tolist()
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"hello\n"]
+)
+def test_what_was_damaged_in_the_cache_is_made_again(cache, tmp_path, damage):
+    """As by a copy of the folder that was broken off."""
+    (tmp_path / "a.txt").write_text("".join(f"some text {i}\n" for i in range(999)))
+
+    def prepare():
+        corpus = datasets.read(str(tmp_path / "a.txt"))
+        tokenizer = tokens.make_tokenizer("bpe", 300, corpus)
+        return [ids.tobytes() for ids in tokens.encode_corpus(corpus, tokenizer, 16, "a.txt")]
+
+    whole = prepare()
+    files = [path for path in cache.iterdir() if path.suffix in (".ids", ".npz", ".bpe")]
+    assert len(files) == 5
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(damage(content))
+        assert prepare() == whole
+        assert path.suffix == ".npz" or path.read_bytes() == content
+
+
 def test_progress_is_told_with_the_time_left(cache, monkeypatch):
     monkeypatch.setattr(tokens, "BATCH", 10)
     monkeypatch.setattr(tokens, "EVERY", 0)
