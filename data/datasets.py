@@ -128,7 +128,7 @@ def read(
 
     @cache
     def members():  # looks into every file: not needed where nothing is read
-        return [find(part, suffix) for part in parts]
+        return [find(part, suffix, progress) for part in parts]
 
     def pieces(note=lambda line: None):
         for label, found in zip(names, members(), strict=True):
@@ -189,10 +189,10 @@ def check_name(name: str) -> None:
         )
 
 
-def find(name: str, suffix: str = "") -> list[formats.Member]:
+def find(name: str, suffix: str = "", progress=None) -> list[formats.Member]:
     """The files of a set or a path, in a folder those of these suffixes."""
     known, path = name in download.SETS, find_path(name)
-    members = formats.find(path, suffix)
+    members = formats.find(path, suffix, progress)
     if not members:
         remedy = f"fetch it: python data/datasets.py {name}" if known else "name another"
         has = formats.left_out(path, []).partition(": left out: ")[2]
@@ -242,8 +242,9 @@ def scan(pieces, progress=None, size_of_all: int = 0) -> Table:
     digests, bodies, sources = array("Q"), array("Q"), array("H")
     n_chars, n_bytes, names, notes = array("q"), array("q"), {}, []
     digest, body, chars, size = hashlib.sha256(), hashlib.blake2b(digest_size=8), 0, 0
-    total, started, said = 0, time.monotonic(), 0.0
+    total, started, said = 0, 0.0, 0.0
     for source, text, ends in pieces(notes.append):
+        started = started or time.monotonic()  # not before all files were looked into
         data = text.encode()
         digest.update(data)
         body.update(data.translate(None, b" \n\t"))
@@ -258,7 +259,7 @@ def scan(pieces, progress=None, size_of_all: int = 0) -> Table:
         if progress and time.monotonic() - said > 0.2:
             said = time.monotonic()
             line = f"reading    {total / 1e6:,.0f} MB, {len(digests):,} documents"
-            if total < size_of_all:
+            if total < size_of_all and said > started + 0.2:
                 left = (said - started) * (size_of_all / total - 1)
                 line = (
                     line.replace(" MB", f" of {size_of_all / 1e6:,.0f} MB") + f", {left:.0f} s left"

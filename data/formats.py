@@ -98,7 +98,7 @@ class Member(NamedTuple):
     source: str = ""  # the kind of text, where folders tell: "sport"
 
 
-def find(path: Path, suffixes: str = "") -> list[Member]:
+def find(path: Path, suffixes: str = "", progress=None) -> list[Member]:
     """The files of text at a path in a stable order; of a known set only what belongs to it.
 
     In a folder that is every UTF-8 file, of whatever suffix: code is text. What is left out is what
@@ -117,7 +117,14 @@ def find(path: Path, suffixes: str = "") -> list[Member]:
     if {BBC.search(m.name)[1] for m in bbc} == set(CATEGORIES):
         return [m._replace(source=BBC.search(m.name)[1]) for m in bbc]
     wiki = [m for m in chosen if WIKI.search(m.name)]
-    return wiki or by_folder(of_a_hub([m for m, file in opened(chosen) if is_text(m, file)]))
+    if wiki:
+        return wiki
+    texts = []
+    for n, (member, file) in enumerate(opened(chosen)):
+        if progress and n % 500 == 0:
+            progress(f"reading    the first lines of {n:,} of {len(chosen):,} files")
+        texts += [member] * is_text(member, file)
+    return by_folder(of_a_hub(texts))
 
 
 def members_of(path: Path) -> list[Member]:

@@ -476,6 +476,16 @@ def test_a_first_reading_tells_how_long_it_takes(tmp_path, monkeypatch):
     assert "list of files" in told[0] and "of 0 MB" in told[1] and "s left" in told[1]
 
 
+def test_of_many_files_it_is_told_how_many_were_looked_into(tmp_path):
+    for n in range(1001):
+        write(tmp_path / "many" / f"{n}.txt", f"text {n}")
+    told = []
+    datasets.read("many", progress=told.append)
+    assert told[1:4] == [
+        f"reading    the first lines of {n} of 1,001 files" for n in ("0", "500", "1,000")
+    ]
+
+
 def test_one_long_text_is_not_read_again_either_and_both_readings_tell_how_long(
     tmp_path, monkeypatch
 ):
