@@ -21,7 +21,12 @@ def read_rows(suffix: str, content, name: str):
     """
     readers = {".jsonl": jsonl_rows, ".json": json_rows, ".parquet": parquet_rows}
     readers[".ndjson"] = jsonl_rows
-    return readers.get(suffix, csv_rows)(content, name)
+    try:
+        yield from readers.get(suffix, csv_rows)(content, name)
+    except RecursionError:
+        raise ValueError(
+            f"{name} has lists in lists, too deep to be rows; if it is plain text, rename it to .txt"
+        ) from None
 
 
 def few(items) -> list:

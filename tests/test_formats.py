@@ -5,6 +5,7 @@ The samples are made here, in the shape of the public sets: none of their text i
 
 import bz2
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -980,6 +981,13 @@ LONG = [{"text": f"{i}"} for i in range(3000)]
 def test_the_rows_of_an_object_are_found(content, found):
     for indent in (None, 1):
         assert texts(write("a.json", json.dumps(content, indent=indent))) == found
+
+
+@pytest.mark.parametrize("n", [300, 450, 480, 2000, 100_000])
+def test_lists_in_lists_without_end_are_no_rows(n):
+    write("a.json", '[{"text": "a", "b": ' + '[{"c": ' * n + '"d"' + "}]" * n + "}]")
+    with contextlib.suppress(ValueError):
+        assert texts("a.json") == ["a"]
 
 
 def test_two_long_arrays_of_texts_are_refused():
