@@ -25,7 +25,7 @@ def read_rows(suffix: str, content, name: str):
         yield from readers.get(suffix, csv_rows)(content, name)
     except RecursionError:
         raise ValueError(
-            f"{name} has lists in lists, too deep to be rows; if it is plain text, rename it to .txt"
+            f"{name} has lists in lists, too deep for rows; if it is plain text, rename it to .txt"
         ) from None
 
 
