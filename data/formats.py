@@ -529,13 +529,14 @@ def texts_of(rows, chosen: list[str], name: str, note):
     >>> list(texts_of([{"prompt": "Hi", "answer": "Hello."}], ["prompt", "answer"], "", print))
     ['prompt:\nHi\n\nanswer:\nHello.']
     """
-    missing, n = 0, 0
+    missing, n, (one, *others) = 0, 0, chosen
     for n, row in enumerate(rows, 1):
-        parts = [(column, row.get(column) or "") for column in chosen]
-        parts = [(column, part) for column, part in parts if part.strip()]
-        missing += not parts
-        many = len(chosen) > 1
-        yield "\n\n".join(f"{column}:\n{part}" if many else part for column, part in parts)
+        text = row.get(one) or ""
+        if others:
+            parts = ((name, row.get(name) or "") for name in chosen)
+            text = "\n\n".join(f"{name}:\n{part}" for name, part in parts if part.strip())
+        missing += not text.strip()
+        yield text
     if missing:
         names = " and ".join(map(repr, chosen))
         note(f"{name}: {missing:,} of {n:,} rows have no text in {names} and are left out")
