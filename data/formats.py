@@ -527,7 +527,7 @@ def texts_of(rows, chosen: list[str], name: str, note):
     """Yields the texts in a column, or in several as in messages, and says how many rows have none.
 
     >>> list(texts_of([{"prompt": "Hi", "answer": "Hello."}], ["prompt", "answer"], "", print))
-    ['prompt:\nHi\n\nanswer:\nHello.']
+    ['prompt:\\nHi\\n\\nanswer:\\nHello.']
     """
     missing, n, (one, *others) = 0, 0, chosen
     for n, row in enumerate(rows, 1):
