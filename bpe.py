@@ -159,14 +159,14 @@ def learn_merges(word_counts, n_merges, progress=None):
     """
     words = [utf8(word) for word in word_counts]
     # 0xFF never occurs in UTF-8: it keeps the words apart, and becomes -1, as do merged-away bytes.
-    ids = np.frombuffer(b"\xff".join([b"", *words, b""]), np.uint8).astype(np.int64)
+    ids = np.frombuffer(b"\xff".join([b"", *words, b""]), np.uint8).astype(np.int32)
     ids[ids == 0xFF] = -1
     weight = np.repeat([0, *word_counts.values()], [1, *(len(word) + 1 for word in words)])
-    after, before = np.arange(1, len(ids) + 1), np.arange(-1, len(ids) - 1)  # the neighbours
+    after, before = (np.arange(i, len(ids) + i, dtype=np.int32) for i in (1, -1))  # neighbours
     heap, merges, lengths = [], [], [1] * 256  # heap of (-count, pair as a number, its positions)
 
     def add_pairs(at):  # enter the pairs that start at positions `at`, grouped by an integer key
-        keys = ids[at] << 32 | ids[after[at]]  # ordered like the tuples (a, b)
+        keys = ids[at].astype(np.int64) << 32 | ids[after[at]]  # ordered like the tuples (a, b)
         order = np.argsort(keys, kind="stable")  # stable: positions stay in the order of the text
         at, keys = at[order], keys[order]
         starts = np.flatnonzero(np.diff(keys, prepend=-1))
@@ -402,16 +402,16 @@ def main():
     parser.add_argument("--out", metavar="PATH", help="where to save the tokenizer (JSON)")
     parser.error = fail  # one line, instead of the usage and then the error
     args = parser.parse_args()
-    folder = os.path.dirname(args.out or "") or "."
-    if args.out and (os.path.isdir(args.out) or not os.access(folder, os.W_OK)):
+    folder, out = os.path.dirname(args.out or "") or ".", os.path.realpath(args.out or "")
+    is_other = os.path.exists(out) > os.path.isfile(out) or out == os.path.realpath(args.file)
+    if args.out and (is_other or not os.access(folder, os.W_OK)):
         fail(f"--out {args.out}: cannot write there; name a file in an existing folder of yours")
     try:
         documents = read_documents(args.file)
         tok = Tokenizer.train(documents, args.vocab_size, partial(print, end="   \r", flush=True))
         few = "" if tok.vocab_size == args.vocab_size else ": the text has no more pairs to merge"
         ids = tok.encode_array(islice(read_documents(args.file), 64))  # 64 documents or blocks
-        ids = ids[ids != tok.eot]
-        if not len(ids):
+        if not len(ids := ids[ids != tok.eot]):
             fail(f"{args.file} is empty; give a file with some text")
         print(f"{f'{tok.vocab_size} ids{few}':40}")
         sentence = "Once, upon a time, 2 small dragons weren't asleep."  # ASCII, for any console

@@ -42,7 +42,7 @@ class TrainConfig:
     """How to train; lamoe.Config says what."""
 
     data: str = "stories"  # an embedded corpus, a public set, a file, folder or zip; or A,B,C
-    text_column: str = ""  # the one with the text in csv and jsonl files; empty: guessed
+    text_column: str = ""  # the one with the text in tables, or several: A,B; empty: guessed
     suffix: str = ""  # of a folder's or zip's files only these: .py,.md; empty: all that are text
     out: str = ""  # the run's folder; empty: runs/ and the data's name
     init: str = ""  # Hugging Face folder or checkpoint: weights, config and tokenizer to start from

@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+import zipfile
 from array import array
 from functools import cache, partial
 from pathlib import Path
@@ -109,7 +110,8 @@ def read(
     """
     if name in DRAWN:
         return read_drawn(name, train_bytes)
-    parts = [name] if Path(name).exists() else name.split(",")
+    is_one = name and os.path.exists(find_path(name))  # it may be too long for a path
+    parts = [name] if is_one else [part.strip() for part in name.split(",")]
     if drawn := [part for part in dict.fromkeys(parts) if part in DRAWN]:
         others = ",".join(part for part in parts if part not in DRAWN)
         corpora = [read_drawn(part, train_bytes) for part in drawn]
@@ -126,7 +128,7 @@ def read(
 
     @cache
     def members():  # looks into every file: not needed where nothing is read
-        return [find(part, suffix) for part in parts]
+        return [find(part, suffix, progress) for part in parts]
 
     def pieces(note=lambda line: None):
         for label, found in zip(names, members(), strict=True):
@@ -143,11 +145,12 @@ def read(
     total = 0 if packed else sum(size for _, size, *_ in files)
     key = (files, parts, text_column, suffix)
     table = documents_table(pieces_and_notes, key, progress, total)
-    return split((Path(name).stem or Path(name).resolve().name)[:60], pieces, table)
+    again = partial(documents_table, key=(key, "cut"), progress=progress, total=total)
+    return split((Path(name).stem or Path(name).resolve().name)[:60], pieces, table, again)
 
 
 def find_path(name: str) -> Path:
-    return SETS / name if name in download.SETS else Path(name)
+    return SETS / name if name in download.SETS else Path(os.path.expanduser(name))
 
 
 def identities(path: Path) -> list[tuple]:
@@ -172,6 +175,10 @@ def identities(path: Path) -> list[tuple]:
 def check_name(name: str) -> None:
     """ValueError unless something of that name is here."""
     known, path = name in download.SETS, find_path(name)
+    if not name:  # Path("") is the folder where one is
+        raise ValueError("a name of --data is empty; give a path, or . for this folder")
+    if "://" in name:
+        raise ValueError(f"{name} is not on this machine; fetch it, and give --data its path")
     if not path.exists():
         if known:
             raise ValueError(f"{name} is not here yet; fetch it: python data/datasets.py {name}")
@@ -182,13 +189,15 @@ def check_name(name: str) -> None:
         )
 
 
-def find(name: str, suffix: str = "") -> list[formats.Member]:
+def find(name: str, suffix: str = "", progress=None) -> list[formats.Member]:
     """The files of a set or a path, in a folder those of these suffixes."""
     known, path = name in download.SETS, find_path(name)
-    members = formats.find(path, suffix)
+    members = formats.find(path, suffix, progress)
     if not members:
         remedy = f"fetch it: python data/datasets.py {name}" if known else "name another"
-        raise ValueError(f"{path} holds no file of UTF-8 text; put text there, or {remedy}")
+        has = formats.left_out(path, []).partition(": left out: ")[2]
+        but = f", but {has}" if has else ""
+        raise ValueError(f"{path} holds no file of UTF-8 text{but}; put text there, or {remedy}")
     return members
 
 
@@ -217,9 +226,9 @@ def documents_table(pieces, key, progress=None, total: int = 0) -> Table:
         for module in (formats, rows, unpack, sys.modules[__name__])
     ]
     path = CACHE / f"table-{hashlib.sha256(repr((code, key)).encode()).hexdigest()[:16]}.npz"
-    if path.exists():
-        with np.load(path) as saved:
-            return Table(*(saved[field] for field in ARRAYS), *json.loads(str(saved["words"])))
+    none = OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile  # there, or damaged
+    with contextlib.suppress(*none), np.load(path) as saved:
+        return Table(*(saved[field] for field in ARRAYS), *json.loads(str(saved["words"])))
     table = scan(pieces, progress, total)
     CACHE.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
@@ -230,11 +239,12 @@ def documents_table(pieces, key, progress=None, total: int = 0) -> Table:
 
 def scan(pieces, progress=None, size_of_all: int = 0) -> Table:
     """Reads all of a text once; size_of_all, if known, tells how long that takes [bytes]."""
-    digests, bodies, sources = array("Q"), array("Q"), array("B")
+    digests, bodies, sources = array("Q"), array("Q"), array("H")
     n_chars, n_bytes, names, notes = array("q"), array("q"), {}, []
     digest, body, chars, size = hashlib.sha256(), hashlib.blake2b(digest_size=8), 0, 0
-    total, started, said = 0, time.monotonic(), 0.0
+    total, started, said = 0, 0.0, 0.0
     for source, text, ends in pieces(notes.append):
+        started = started or time.monotonic()  # not before all files were looked into
         data = text.encode()
         digest.update(data)
         body.update(data.translate(None, b" \n\t"))
@@ -249,17 +259,34 @@ def scan(pieces, progress=None, size_of_all: int = 0) -> Table:
         if progress and time.monotonic() - said > 0.2:
             said = time.monotonic()
             line = f"reading    {total / 1e6:,.0f} MB, {len(digests):,} documents"
-            if total < size_of_all:
+            if total < size_of_all and said > started + 0.2:
                 left = (said - started) * (size_of_all / total - 1)
                 line = (
                     line.replace(" MB", f" of {size_of_all / 1e6:,.0f} MB") + f", {left:.0f} s left"
                 )
             progress(line)
     arrays = (np.array(column) for column in (digests, bodies, n_chars, n_bytes, sources))
-    return Table(*arrays, list(names), list(dict.fromkeys(notes)))
+    return Table(*arrays, list(names), brief(notes))
 
 
-def split(name: str, pieces, table: Table) -> Corpus:
+def brief(notes: list[str], most: int = 8) -> list[str]:
+    """Each note once: what is said of many files is said of the first and their number.
+
+    >>> brief(["a.csv: 2 rows", "b.csv: 2 rows", "b.csv has pages"])
+    ['a.csv (and 1 more): 2 rows', 'b.csv has pages']
+    """
+    names = {}
+    for note in dict.fromkeys(" ".join(note.split()) for note in notes):
+        name, colon, what = note.partition(": ")
+        names.setdefault(colon + what if what else note, []).append(name if what else "")
+    lines = [
+        first + (f" (and {len(others):,} more)" if others else "") + what
+        for what, (first, *others) in names.items()
+    ]
+    return lines[:most] + [f"and {len(lines) - most:,} other notes"] * (len(lines) > most)
+
+
+def split(name: str, pieces, table: Table, scan=scan) -> Corpus:
     """One document in ten for validation, chosen by its content; a few long ones by position.
 
     By content: adding documents later moves none from one side to the other. Copies (but for white
@@ -270,6 +297,9 @@ def split(name: str, pieces, table: Table) -> Corpus:
         raise ValueError(f"{name} is empty; name a file with text in it")
     n, copies = fresh.sum(), np.sum(~fresh)
     key = hashlib.sha256(table.digests.tobytes() + table.sources.tobytes()).hexdigest()[:16]
+    used = np.unique(table.sources[fresh])  # not those of copies alone
+    places = np.searchsorted(used, table.sources)
+    table = table._replace(sources=places, names=[table.names[i] for i in used])
     if ends := ends_of_training(table, fresh):
         pieces = partial(cut, Documents(pieces, fresh, 0, table.sources), ends)
         table = scan(pieces)._replace(notes=table.notes)

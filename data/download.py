@@ -144,6 +144,10 @@ def download(source: Source, path: Path, limit: int | None = None) -> None:
             raise
         have, response = 0, request(source.url)
     with response:
+        starts_at = response.headers.get("Content-Range", "").partition("-")[0]
+        if response.status == 206 and starts_at != f"bytes {have}":
+            edition.unlink(missing_ok=True)  # the next try begins anew
+            raise Interrupted("the server sent another part than was asked for")
         have = have if response.status == 206 else 0  # 200: all of it, from the beginning
         total = total_size(response)
         if response.headers.get_content_type() == "text/html":
@@ -173,8 +177,8 @@ def total_size(response) -> int | None:
     if response.status == 206:
         whole = response.headers.get("Content-Range", "").rpartition("/")[2]
         return int(whole) if whole.isdecimal() else None
-    length = response.headers.get("Content-Length")
-    return int(length) if length else None
+    length = response.headers.get("Content-Length", "")
+    return int(length) if length.isdecimal() else None
 
 
 def copy(response, file, have: int, total: int | None, limit: int | None) -> int:
@@ -213,7 +217,9 @@ def check(part: Path, source: Source) -> None:
         while source.sha256 and (data := file.read(BLOCK)):
             digest.update(data)
     what = ""
-    if source.sha256 and digest.hexdigest() != source.sha256:
+    if not part.stat().st_size:
+        what = "is empty"
+    elif source.sha256 and digest.hexdigest() != source.sha256:
         what = f"has the SHA-256 {digest.hexdigest()[:12]}..., not {source.sha256[:12]}..."
     elif source.file.endswith(".zip") and not zipfile.is_zipfile(part):
         what = "is no whole zip"

@@ -14,6 +14,8 @@ Which set a file belongs to is seen from its layout alone, wherever it came from
 | a csv with page, section_title, text     | a page        | formulas folded, "word ()" to "word"  |
 | any other .csv .tsv .jsonl .json .parquet| a row         | of `messages`: joined, roles as lines |
 | a hub's README.md beside tables          | as above      | the tables alone are read             |
+| code beside .json that has no rows       | a file        | such a .json is text like the code    |
+| .ipynb                                   | a file        | its cells, without what they put out  |
 | any other text                           | a file, or what lines <|endoftext|> separate in it    |
 """
 
@@ -22,8 +24,11 @@ import contextlib
 import gzip
 import io
 import itertools
+import json
 import lzma
+import os
 import re
+import shlex
 import struct
 import zipfile
 import zlib
@@ -32,7 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data.rows import TABLES, read_rows
+from data.rows import LONGEST_LINE, TABLES, few, read_rows
 from data.unpack import PACKED, unpacked
 
 SEPARATOR = "<|endoftext|>"  # a line of its own in files, a token for the model
@@ -55,6 +60,10 @@ NO_TEXT = {  # how files begin that are no text, and what to do
     b"version https://git-lfs": "a pointer of Git LFS, not the file; fetch that: git lfs pull",
     b"\x1f\x8b": "packed by gzip; name it FILE.gz",
     b"\xd0\xcf\x11\xe0": "an Office document; save it as plain text",
+    b"7z\xbc\xaf": "a 7z archive; unpack it and name the folder: 7z x FILE",
+    b"Rar!": "a rar archive; unpack it and name the folder: unrar x FILE",
+    b"ARROW1": "Arrow; save it as Parquet, with to_parquet",
+    b"\xff\xff\xff\xff": "Arrow; save it as Parquet, with to_parquet",
 }
 IN_ZIPS = {  # what tells zips apart that are documents
     b"word/document.xml": "a Word document (.docx); save it as plain text",
@@ -70,6 +79,7 @@ KINDS = {  # what else a folder may hold, and what to do
     ".odt .ods .odp": "OpenDocument: save as text",
     ".epub": "e-book: pandoc -t plain FILE",
     ".pdf": "PDF: pdftotext FILE",
+    ".arrow": "Arrow: save as Parquet, with to_parquet",
     ".png .jpg .jpeg .gif .webp .bmp .tif .tiff .heic .ico": "image",
 }
 KIND_OF = {suffix: f" ({kind})" for suffixes, kind in KINDS.items() for suffix in suffixes.split()}
@@ -88,7 +98,7 @@ class Member(NamedTuple):
     source: str = ""  # the kind of text, where folders tell: "sport"
 
 
-def find(path: Path, suffixes: str = "") -> list[Member]:
+def find(path: Path, suffixes: str = "", progress=None) -> list[Member]:
     """The files of text at a path in a stable order; of a known set only what belongs to it.
 
     In a folder that is every UTF-8 file, of whatever suffix: code is text. What is left out is what
@@ -98,7 +108,7 @@ def find(path: Path, suffixes: str = "") -> list[Member]:
         return [Member(path, "", path.name)]  # whatever it is called
     members = chosen = members_of(path)
     if suffixes:
-        wanted = {f".{suffix.strip().lstrip('.').lower()}" for suffix in suffixes.split(",")}
+        wanted = {f".{suffix.strip().lstrip('*.').lower()}" for suffix in suffixes.split(",")}
         chosen = [m for m in members if wanted & {kind(m.name), Path(m.name.lower()).suffix}]
     if members and not chosen:
         have = ", ".join(some_of(Counter(kind(m.name) or m.name for m in members)))
@@ -107,7 +117,14 @@ def find(path: Path, suffixes: str = "") -> list[Member]:
     if {BBC.search(m.name)[1] for m in bbc} == set(CATEGORIES):
         return [m._replace(source=BBC.search(m.name)[1]) for m in bbc]
     wiki = [m for m in chosen if WIKI.search(m.name)]
-    return wiki or by_folder(of_a_hub([m for m, file in opened(chosen) if is_text(m, file)]))
+    if wiki:
+        return wiki
+    texts = []
+    for n, (member, file) in enumerate(opened(chosen)):
+        if progress and n % 500 == 0:
+            progress(f"reading    the first lines of {n:,} of {len(chosen):,} files")
+        texts += [member] * is_text(member, file)
+    return by_folder(of_a_hub(texts))
 
 
 def members_of(path: Path) -> list[Member]:
@@ -134,9 +151,11 @@ def of_a_hub(members: list[Member]) -> list[Member]:
     """Of a data set with the README.md of a hub, its tables; beside Parquet no README is text."""
     tables = [m for m in members if kind(m.name) in TABLES and not ABOUT.match(Path(m.name).name)]
     card = next((m for m in members if m.name.rpartition("/")[2].lower() == "readme.md"), None)
-    if tables and card and any(file.read(4) == b"---\n" for _, file in opened([card])):
+    is_hub = card and any(file.read(4) == b"---\n" for _, file in opened([card]))
+    if is_hub and tables:
         return tables
-    if any(kind(m.name) == ".parquet" for m in tables):
+    of_arrow = all(ABOUT.match(Path(m.name).name) and kind(m.name) == ".json" for m in members)
+    if is_hub or of_arrow or any(kind(m.name) == ".parquet" for m in tables):
         return [m for m in members if m in tables or not ABOUT.match(Path(m.name).name)]
     return members
 
@@ -145,11 +164,13 @@ def is_text(member: Member, file) -> bool:
     """Whether an open file may be text. One in an older encoding may: its reader names the byte."""
     try:
         start = file.read(4096)
-    except UNZIPPING as error:
+    except (*UNZIPPING, OSError) as error:
         raise damaged(member, error) from None
     if kind(member.name) == ".parquet" and start[:4] == b"PAR1":
         return True
-    is_known = start.startswith(tuple(NO_TEXT)) and not start.startswith(b"version")
+    is_known = start.startswith(tuple(NO_TEXT)) or start[257:262] == b"ustar"
+    if start.startswith(b"version https://git-lfs"):  # a pointer to text is refused by its reader
+        is_known = kind(member.name) in KIND_OF
     return bool(looks_like_utf16(start)) or not is_known and b"\0" not in start
 
 
@@ -159,7 +180,14 @@ def left_out(path: Path, members: list[Member]) -> str:
         return ""
     kept = {m.path for m in members}
     visible = (p for p in path.rglob("*") if not any(part[0] == "." for part in p.parts[1:]))
-    suffixes = Counter(p.suffix.lower() or p.name for p in visible if p.is_file() and p not in kept)
+    suffixes = Counter()
+    for p in visible:
+        if p.is_file():
+            suffixes[p.suffix.lower() or p.name] += p not in kept
+        else:
+            suffixes["link(s) to folders (name those: A,B)"] += p.is_symlink() and p.is_dir()
+            suffixes["closed folder(s)"] += p.is_dir() and not os.access(p, os.R_OK | os.X_OK)
+    suffixes = +suffixes
     return f"{path}: left out: {', '.join(some_of(suffixes))}" if suffixes else ""
 
 
@@ -222,9 +250,16 @@ UNZIPPING = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 UNZIPPING += (EOFError, NotImplementedError, OverflowError, gzip.BadGzipFile)
 
 
-def damaged(member: Member, error: Exception) -> ValueError:
+def name_of(member: Member) -> str:
+    return f"{member.path}/{member.inside}".rstrip("/")
+
+
+def damaged(member: Member, error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno:  # of the disk; bz2 raises one without a number
+        return error
+    at = f" at {member.inside}" if member.inside else ""
     return ValueError(
-        f"{member.path} is damaged at {member.inside}, or packed in a way Python can't unpack "
+        f"{member.path} is damaged{at}, or packed in a way Python can't unpack "
         f"({str(error)[:100]}); fetch it again, or unpack it yourself and name the folder"
     )
 
@@ -233,7 +268,7 @@ def damaged(member: Member, error: Exception) -> ValueError:
 
 
 class NotUTF8(ValueError):
-    """A file in another encoding; its message says which and how to convert it."""
+    """A file in another encoding, or of no text; its message says which and what to do."""
 
 
 def text_blocks(file, name: str):
@@ -248,32 +283,52 @@ def text_blocks(file, name: str):
             raise ValueError(f"{name} is {what.replace('FILE', name)}")
         if not done and (kind := looks_like_utf16(data)):
             raise NotUTF8(
-                f"{name} is UTF-16 text, not UTF-8 (byte 0 is 0x{data[0]:02x}); convert it: "
-                f"iconv -f {kind} -t utf-8 {name} > utf8.txt"
+                f"{name} is {kind[:6].upper()} text, not UTF-8 (byte 0 is 0x{data[0]:02x}); "
+                f"convert it: {iconv(kind, name)}"
             )
+        if b"\0" in data:
+            raise NotUTF8(f"{name} is not text (it has a zero byte); name a plain text file")
         done += len(data)
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:  # error.object: `data` and what was held back
             at = done - len(error.object) + error.start
-            raise NotUTF8(
-                f"{name} is not UTF-8 text (byte {at} is 0x{error.object[error.start]:02x}); "
-                f"convert it: iconv -f cp1252 -t utf-8 {name} > utf8.txt"
-            ) from None
-        if "\0" in text:
-            raise ValueError(f"{name} is not text (it has a zero byte); name a plain text file")
+            start = f"{name} is not UTF-8 text (byte {at} is 0x{error.object[error.start]:02x})"
+            if error.object[: error.start].isascii():
+                raise NotUTF8(f"{start}; convert it: {iconv('cp1252', name)}") from None
+            raise NotUTF8(f"{start} but was till there; drop it: {iconv('utf-8', name)}") from None
         yield text
+
+
+def iconv(encoding: str, name: str) -> str:
+    """The command that makes a file UTF-8, and drops what is not if it is nearly so."""
+    drop = "-c " if encoding == "utf-8" else ""
+    suffix = kind(name) if kind(name) in TABLES else ".txt"
+    return f"iconv {drop}-f {encoding} -t utf-8 {shlex.quote(name)} > utf8{suffix}"
+
+
+def cells(data: bytes) -> str:
+    """The text of a notebook, cell by cell; none if it is no notebook."""
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+        sources = [cell["source"] for cell in json.loads(data)["cells"]]
+        text = "\n\n".join(s if isinstance(s, str) else "".join(s) for s in sources)
+        return text.encode("utf-8", "replace").decode()
+    return ""
 
 
 def what_else(data: bytes) -> str:
     """What a file is that begins so, and what to do, if it is known and no text."""
     what = next((what for start, what in NO_TEXT.items() if data.startswith(start)), "")
+    if data[257:262] == b"ustar":
+        return "a tar archive; unpack it and name the folder: tar -xf FILE"
     inside = IN_ZIPS.items() if data.startswith(b"PK\3\4") else ()
     return next((what for name, what in inside if name in data), what)
 
 
 def looks_like_utf16(data: bytes) -> str:
     """iconv's name for the encoding: by its mark, else by zeros in every other byte."""
+    if data[:4] in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        return "utf-32"
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return "utf-16"
     for kind, start in (("utf-16le", 1), ("utf-16be", 0)):
@@ -301,7 +356,7 @@ def split_documents(blocks):
 
     Line breaks around a separator go with it. Blank documents are left out.
     """
-    text, inside, separated = "", False, False
+    text, inside, separated, clear = "", False, False, 0  # clear: no cut is before it
     for block in itertools.chain(blocks, [None]):
         text += block or ""
         known = len(text) if block is None else text.rfind("\n") + 1  # the last line may go on
@@ -310,16 +365,17 @@ def split_documents(blocks):
             document = document.rstrip("\n") if inside else document.strip("\n")
             if inside or document.strip():
                 yield document, True
-            inside, separated = False, True
+            inside, separated, clear = False, True, 0
         text = rest + text[known:]
         text = text if inside else text.lstrip("\n")
         while len(text) > PIECE and block is not None:
-            cut = find_cut.search(text, PIECE)
+            cut = find_cut.search(text, max(PIECE, clear))
+            clear = len(text.rstrip().rstrip("<").rstrip())  # at the end a cut may still come
             if not cut and len(text) < 16 * PIECE:
                 break
             at = cut.start() if cut else PIECE  # 16 megabytes without a gap: no text that we know
             yield text[:at], False
-            text, inside = text[at:], True
+            text, inside, clear = text[at:], True, 0 if cut else clear - at
     text = text.rstrip("\n") if separated else text
     if inside or text.strip():
         yield text, True
@@ -385,6 +441,11 @@ PLAYS = ("play", "playname", "movie", "film", "movietitle", "title", "episode")
 PLACES = ("actsceneline", "linenumber")  # "1.2.77": act, scene, line; empty: nobody speaks
 TEXTS = ("text", "content", "body", "article", "story", "document", "messages", "conversations")
 TEXTS += ("review", "description")
+# What is asked and what is answered, in reading order: a row with both is like messages.
+ASKED = ("system", "systemprompt", "instruction", "context", "prompt", "question", "query")
+ASKED += ("problem", "input", "inputs")
+ANSWERED = ("completion", "response", "output", "answer", "answers", "answerstext", "solution")
+ANSWERED += ("targets", "chosen")
 
 
 def column(header, wanted: tuple, part=False) -> str | None:
@@ -401,16 +462,22 @@ def column(header, wanted: tuple, part=False) -> str | None:
     return next(iter(exact + parts), None)
 
 
-def table(rows, name: str, text_column: str, note):
-    """Yields the documents of a table, and tells note() which columns they come from."""
+def table(rows, name: str, text_column: str, note, is_table=True):
+    """Yields the documents of a table, and tells note() which columns they come from.
+
+    is_table: else a .json may be settings, which are no rows with a text.
+    """
     rows = iter(rows)
-    first = list(itertools.islice(rows, 1000))
+    first = few(rows)
     rows, header = itertools.chain(first, rows), list(dict.fromkeys(k for r in first for k in r))
+    if not first:
+        return iter(())
     if text_column:
-        if first and text_column not in header:
+        chosen = [text_column] if text_column in header else text_column.split(",")
+        if missing := [name for name in chosen if name not in header]:
             have = ", ".join(map(str, header))
-            raise ValueError(f"{name} has no column {text_column!r}; it has: {have}")
-        return texts_of(rows, text_column, name, note)
+            raise ValueError(f"{name} has no column {missing[0]!r}; it has: {have}")
+        return texts_of(rows, chosen, name, note)
     if {"page", "section_title", "text"} <= set(header):
         note(f"{name} has pages in sections")
         return pages(rows)
@@ -424,21 +491,55 @@ def table(rows, name: str, text_column: str, note):
     ):
         note(f"{name} has lines {line!r} of speakers {speaker!r}")
         return scenes(rows, speaker, line, column(header, PLAYS), column(header, PLACES))
-    lengths = {key: sum(len(str(row.get(key) or "")) for row in first) for key in header if key}
-    chosen = column(header, TEXTS) or max(lengths, key=lengths.get, default="")
-    note(f"{name}: text is column {chosen!r} (another: --text_column)")
+    chosen, is_named = guess(header, first)
+    if not is_table and kind(name) == ".json" and not (is_named and len(first) > 1):
+        raise ValueError(f"{name} has no rows with a text")
+    names = " and ".join(map(repr, chosen))
+    note(f"{name}: text is column {names} (another: --text_column)")
     return texts_of(rows, chosen, name, note)
 
 
-def texts_of(rows, chosen: str, name: str, note):
-    """Yields the texts in a column, and says how many rows have none."""
-    missing, n = 0, 0
+def guess(header, first) -> tuple[list[str], bool]:
+    """The columns of the text, seen from the first rows, and whether their names tell."""
+    if text := column(header, TEXTS):
+        return [text], True
+    asked, answered = (
+        [found for want in wanted if (found := column(header, (want,)))]
+        for wanted in (ASKED, ANSWERED)
+    )
+    if asked and answered:
+        return list(dict.fromkeys(asked + answered)), True
+    inner = {name.rpartition(".")[2]: name for name in header}  # of "row.text" the end
+    if text := column(inner, TEXTS):
+        return [inner[text]], True
+    looks = {name: prose(row.get(name) or "" for row in first) for name in header}
+    return [max(looks, key=looks.get, default="")], False
+
+
+def prose(texts) -> tuple[int, int]:
+    """How much like prose a column is: its characters in words of letters, then those in all."""
+    words = [word for text in texts for word in text.split()]
+    letters = sum(len(word) for word in words if not re.search(r"[\d/@_\\]", word))
+    return letters, sum(map(len, words))
+
+
+def texts_of(rows, chosen: list[str], name: str, note):
+    """Yields the texts in a column, or in several as in messages, and says how many rows have none.
+
+    >>> list(texts_of([{"prompt": "Hi", "answer": "Hello."}], ["prompt", "answer"], "", print))
+    ['prompt:\\nHi\\n\\nanswer:\\nHello.']
+    """
+    missing, n, (one, *others) = 0, 0, chosen
     for n, row in enumerate(rows, 1):
-        text = row.get(chosen) or ""
+        text = row.get(one) or ""
+        if others:
+            parts = ((name, row.get(name) or "") for name in chosen)
+            text = "\n\n".join(f"{name}:\n{part}" for name, part in parts if part.strip())
         missing += not text.strip()
         yield text
     if missing:
-        note(f"{name}: {missing:,} of {n:,} rows have no text in {chosen!r} and are left out")
+        names = " and ".join(map(repr, chosen))
+        note(f"{name}: {missing:,} of {n:,} rows have no text in {names} and are left out")
 
 
 def pages(rows):
@@ -473,38 +574,65 @@ def scenes(rows, speaker: str, line: str, play: str | None, place: str | None):
 def documents(members: list[Member], text_column: str = "", note=lambda line: None):
     """Yields (source, text, ends) of all documents of these files, one after the other.
 
-    One of many files that turns out not to be UTF-8 is left out, and a note says so.
+    One of many files that turns out not to be UTF-8 is left out, and so is, beside files of another
+    kind, one that is called like a table and is none read as text; notes say so.
     """
-    bad = []
+    bad, plain = [], []
+    are_tables = all(kind(member.name) in TABLES for member in members)
     for member, file in opened(members):
         begun = False
         try:
-            for text, ends in documents_of(member, file, text_column, note):
+            try:
+                pairs = documents_of(member, file, text_column, note, are_tables)
+            except NoTable as error:
+                plain.append(error)
+                file.seek(0)
+                pairs = split_documents(text_blocks(file, name_of(member)))
+            for text, ends in pairs:
                 begun = True
                 yield member.source, text, ends
         except NotUTF8 as error:
-            if begun or len(members) == 1 or kind(member.name) in TABLES:
+            if begun or len(members) == 1 or are_tables:
                 raise
             bad.append(error)
-        except UNZIPPING as error:
+        except (*UNZIPPING, OSError) as error:
             raise damaged(member, error) from None
     if bad and len(bad) == len(members):
         raise bad[0]
-    if bad:
-        others = f" and {len(bad) - 1:,} other files" if len(bad) > 1 else ""
-        note(f"left out: {bad[0]}{others}")
+    for what, errors in (("left out", bad), ("read as plain text", plain)):
+        others = f" (and {len(errors) - 1:,} more)" if len(errors) > 1 else ""
+        if errors:
+            note(f"{what}: {errors[0]}{others}")
 
 
-def documents_of(member: Member, file, text_column: str, note):
-    """Yields (text, ends) of one file, read as its name and its first line ask for."""
+class NoTable(ValueError):
+    """A file that is called like a table and has no rows."""
+
+
+def documents_of(member: Member, file, text_column: str, note, is_table=True):
+    """Yields (text, ends) of one file, read as its name and its first line ask for.
+
+    NoTable if it is no table, unless it is one for sure.
+    """
     if member.source in CATEGORIES and BBC.search(member.name):
         return split_documents([utf8_or_cp1252(file.read())])
-    suffix, name = kind(member.name), f"{member.path}/{member.inside}".rstrip("/")
+    suffix, name = kind(member.name), name_of(member)
     if suffix in TABLES:
         content = file if suffix == ".parquet" else text_blocks(file, name)
-        rows = read_rows(suffix, content, member.name)
-        texts = table(rows, member.name, text_column, note)
+        try:
+            rows = read_rows(suffix, content, member.name)
+            texts = table(rows, member.name, text_column, note, is_table)
+        except NotUTF8:
+            raise
+        except ValueError as error:
+            if is_table or text_column or suffix == ".parquet":
+                raise
+            raise NoTable(str(error).partition(";")[0]) from None
         return ((text, True) for text in texts if text.strip())
+    if suffix == ".ipynb":
+        if text := cells(file.read(LONGEST_LINE)):
+            return [(text, True)]
+        file.seek(0)
     blocks = text_blocks(file, name)
     return (split_articles if WIKI.search(member.name) else split_documents)(blocks)
 

@@ -5,8 +5,9 @@ import csv
 import itertools
 import json
 import re
+from collections import deque
 
-TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 BLOCK = 1 << 20  # of a Parquet file, read at a time [bytes]
 LONGEST_LINE = 1 << 26  # of a csv or jsonl, or a row of a json [characters]
 csv.field_size_limit(LONGEST_LINE)
@@ -19,7 +20,30 @@ def read_rows(suffix: str, content, name: str):
     content: blocks of text; of Parquet the open file. name: for a message of what is wrong with it.
     """
     readers = {".jsonl": jsonl_rows, ".json": json_rows, ".parquet": parquet_rows}
-    return readers.get(suffix, csv_rows)(content, name)
+    readers[".ndjson"] = jsonl_rows
+    try:
+        yield from readers.get(suffix, csv_rows)(content, name)
+    except RecursionError:
+        raise ValueError(
+            f"{name} has lists in lists, too deep for rows; if it is plain text, rename it to .txt"
+        ) from None
+
+
+def few(items) -> list:
+    """The first of these, as many as say what a table is: a thousand, or fewer of 8 MB in all."""
+    taken, size = [], 0
+    for item in itertools.islice(items, 1000):
+        taken.append(item)
+        if (size := size + n_chars(item)) > 1 << 23:
+            break
+    return taken
+
+
+def n_chars(value) -> int:
+    """How much text is in a row, or in any value of JSON."""
+    if isinstance(value, (dict, list)):
+        return sum(map(n_chars, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, str) else 0
 
 
 # --- 1. Lines: csv and jsonl ----------------------------------------------------------------------
@@ -42,31 +66,59 @@ def lines(blocks, name: str):
 
 
 def csv_rows(blocks, name: str):
-    """Yields a csv's rows as dicts; the commonest of , ; and tab in its first line separates.
+    """Yields a csv's rows as dicts; the commonest of , ; | and tab in its first line separates.
 
     A row of another number of fields than the header's would lose text, and so would one whose
-    quotes never end: ValueError names its line.
+    quotes never end: ValueError names its line. Without a header, the first row would be lost.
     """
-    found = lines(blocks, name)
-    first = next(found, "")
-    delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(itertools.chain([first], found), delimiter=delimiter, strict=True)
+    found, start = lines(blocks, name), []
+    while not start or start[-1].isspace():
+        start.append(next(found, ""))
+    first = start[-1]
+    mark = re.fullmatch(r"sep=(.)\s*", first)  # Excel's, in a line before the header
+    delimiter = mark[1] if mark else max(",;\t|", key=re.sub('"[^"]*"', "", first).count)
+    start += few(found)
+    reader = csv.reader(
+        itertools.chain(start, found),
+        delimiter=delimiter,
+        quoting=csv.QUOTE_NONE if is_unquoted(start, delimiter) else csv.QUOTE_MINIMAL,
+        skipinitialspace=f"{delimiter} " in first,
+        strict=True,
+    )
     remedy = "put texts with commas or quotes in quotes; or if it is no table, rename it to .txt"
+    rows = filter(None, reader)
     try:
-        header = next(reader, [])
-        if longest := max(header, key=len, default=""):
-            if len(longest) > 60:
-                raise ValueError(f"{name} begins with text, not with names of columns; add them")
-        for row in reader:
-            if row and len(row) != len(header):
+        header = next(itertools.islice(rows, bool(mark), None), [])
+        if is_row(header):
+            raise ValueError(f"{name} begins with text, not with names of columns; add them")
+        for i in range(len(header)):
+            header[i] += f".{i + 1}" * (header[i] in header[:i])
+        for row in rows:
+            if len(row) != len(header):
                 raise ValueError(
                     f"{name}, line {reader.line_num}: a row of {len(row)} fields, and the header "
                     f"has {len(header)}; {remedy}"
                 )
-            if row:
-                yield dict(zip(header, row, strict=True))
+            yield dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise ValueError(f"{name}, line {reader.line_num}: {error}; {remedy}") from None
+
+
+def is_unquoted(lines, delimiter: str) -> bool:
+    """Whether quotes are text like any other, as in many tables that are separated by tabs.
+
+    Then each line is a row, and some field begins with a quote that does not end it.
+    """
+    rows = [line.rstrip("\n").split(delimiter) for line in lines if line.strip()]
+    is_said = any(field[:1] == '"' != field[1:][-1:] for row in rows for field in row)
+    return delimiter == "\t" and is_said and len(set(map(len, rows))) == 1
+
+
+def is_row(header) -> bool:
+    """Whether names of columns are none: one is long, or some, but not all, are numbers."""
+    numbers = {bool(re.fullmatch(r"-?\d+(\.\d+)?", name)) for name in header if name}
+    years = any(re.fullmatch(r"(19|20)\d\d", name) for name in header)
+    return len(numbers) == 2 and not years or len(max(header, key=len, default="")) > 60
 
 
 def jsonl_rows(blocks, name: str):
@@ -78,7 +130,8 @@ def jsonl_rows(blocks, name: str):
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise ValueError(
-                f"{name} is no jsonl at line {number}: {line[:30]!r}; each line must be JSON"
+                f"{name} is no jsonl at line {number}: {line[:30]!r}; each line must be JSON, and "
+                f"JSON in one piece be called .json"
             ) from None
         yield flat_row(row, f"{name}, line {number}")
 
@@ -87,35 +140,100 @@ def jsonl_rows(blocks, name: str):
 
 
 def json_rows(blocks, name: str):
-    """Yields the rows of a JSON file: those of its array, or of the first array in its object.
+    """Yields the rows of a JSON file: those of its array, or those in its object.
 
     The file is never whole in memory. Many call lines of JSON .json, too: each is then a row.
     """
     blocks = iter(blocks)
-    start = next(blocks, "")
+    start = next((block for block in blocks if block.strip()), "").lstrip()
     first, _, more = start.partition("\n")
     blocks = itertools.chain([start], blocks)
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(json.loads(first), dict) and more.strip():
             yield from jsonl_rows(blocks, name)
             return
-    reader, row = JSONReader(blocks, name), {}
-    if reader.skip("["):
-        yield from (flat_row(r, f"{name}, row {n}") for n, r in enumerate(reader.array(), 1))
-    elif reader.skip("{"):
-        while not reader.skip("}"):
-            key = reader.value()
-            reader.expect(":")
-            if reader.skip("["):
-                yield from (
-                    flat_row(r, f"{name}, row {n}") for n, r in enumerate(reader.array(), 1)
-                )
-                return  # what stands beside the rows is no text
-            row[f"{key}"] = reader.value()
-            reader.skip(",")
-        yield flat_row(row, name)
-    else:
-        raise reader.error()
+    reader, is_end = JSONReader(blocks, name), False
+    while not is_end:  # values may follow each other
+        if reader.skip("["):
+            found = reader.array()
+        elif reader.skip("{"):
+            found = rows_of_object(reader)
+        else:
+            raise reader.error()
+        yield from (flat_row(row, f"{name}, row {n}") for n, row in enumerate(found, 1))
+        is_end = reader.is_at_end()
+
+
+def rows_of_object(reader):
+    """Yields the rows in an object, of which "{" was read. A long array of rows is never kept."""
+    row, like = {}, None
+    while not reader.skip("}"):
+        key = f"{reader.value()}"
+        reader.expect(":")
+        if reader.skip("["):
+            values = reader.array()
+            row[key] = first = few(values)
+            for value in values:  # so it is long
+                if not are_rows(first):
+                    deque(values, 0)  # numbers
+                elif like is None or are_alike(value, like):
+                    like = value
+                    yield from itertools.chain(row.pop(key), [value], values)
+                else:
+                    raise ValueError(
+                        f"{reader.name} has several long arrays; write a row a line, as .jsonl"
+                    )
+        else:
+            row[key] = reader.value()
+        if not reader.skip(","):
+            reader.expect("}")
+            break
+    yield from rows_beside(row, like) if like is not None else rows_in(row)
+
+
+def rows_beside(row: dict, like):
+    """Those of an object's arrays that are like a row of another one: "test" beside "train"."""
+    arrays = [v for v in row.values() if isinstance(v, list) and v and are_alike(v[0], like)]
+    return itertools.chain.from_iterable(arrays)
+
+
+def rows_in(row: dict):
+    """The rows in an object that is whole: of its array of "rows" or "data", else of that with the
+    most text, and of those like it; or of a table by columns or by names; else it is a row itself.
+
+    >>> list(rows_in({"tags": ["a tag"], "train": [{"text": "b"}], "test": [{"text": "c"}]}))
+    [{'text': 'b'}, {'text': 'c'}]
+    >>> rows_in({"id": {"0": 7, "1": 8}, "text": {"0": "a", "1": "b"}})  # as pandas writes it
+    [{'id': 7, 'text': 'a'}, {'id': 8, 'text': 'b'}]
+    """
+    arrays = {k: v for k, v in row.items() if isinstance(v, list) and are_rows(v)}
+    objects = [v for v in row.values() if isinstance(v, dict)]
+    if any(isinstance(row.get(name), str) and row[name].strip() for name in OWN):
+        return [row]
+    if any(is_talk(row.get(name)) for name in ("messages", "conversations")):
+        return [row]
+    if arrays:
+        kinds = {name: [isinstance(v, dict) for v in values[:1]] for name, values in arrays.items()}
+        best = max(arrays, key=lambda k: (k in ("rows", "data"), kinds[k], n_chars(arrays[k])))
+        if any(kinds[best]):
+            return rows_beside(row, arrays[best][0])
+        if best in ("rows", "data") or 2 * n_chars(arrays[best]) >= n_chars(row):
+            return arrays[best]
+    if objects and len(objects) == len(row):
+        if all(map(str.isdecimal, objects[0])):
+            return [{name: row[name].get(key) for name in row} for key in objects[0]]
+        if len(objects) > 1 and are_alike(*objects[:2]):
+            return objects
+    return [row]
+
+
+def are_rows(values: list) -> bool:
+    return all(isinstance(value, (dict, str)) for value in values)
+
+
+def are_alike(a, b) -> bool:
+    """Whether two values may be rows of one table."""
+    return isinstance(a, dict) and isinstance(b, dict) and bool(a.keys() & b.keys() or a == b)
 
 
 class JSONReader:
@@ -126,14 +244,20 @@ class JSONReader:
         self.decoder = json.JSONDecoder()
 
     def error(self) -> ValueError:
-        return ValueError(f"{self.name} is no JSON at {self.text[self.at : self.at + 30]!r}")
+        return ValueError(
+            f"{self.name} is no JSON at {self.text[self.at : self.at + 30]!r}; write it again as "
+            f"JSON, or if it is plain text, rename it to .txt"
+        )
 
     def more(self) -> bool:
         """Reads a block; False at the end of the file."""
         block = next(self.blocks, None)
         self.text, self.at = self.text[self.at :] + (block or ""), 0
         if len(self.text) > LONGEST_LINE:
-            raise self.error()
+            raise ValueError(
+                f"{self.name} has a value of more than {LONGEST_LINE >> 20} million characters; "
+                f"write a row a line, as .jsonl"
+            )
         return block is not None
 
     def skip(self, mark: str) -> bool:
@@ -151,16 +275,23 @@ class JSONReader:
         if not self.skip(mark):
             raise self.error()
 
-    def value(self):
+    def is_at_end(self) -> bool:
         self.skip("")  # white space
+        return self.at == len(self.text)
+
+    def value(self):
+        self.skip("")
         while True:
             with contextlib.suppress(ValueError, RecursionError):
                 value, end = self.decoder.raw_decode(self.text, self.at)
                 if end < len(self.text):  # else it may go on: 12 is also the start of 123
                     self.at = end
                     return value
+            twice = 2 * (len(self.text) - self.at)  # else a long value takes O(n^2)
             if not self.more():
                 raise self.error()
+            while len(self.text) < twice and self.more():
+                pass
 
     def array(self):
         """Yields the values of an array, of which "[" was read."""
@@ -187,9 +318,12 @@ def parquet_rows(file, name: str):
         if not names:
             have = ", ".join(table.schema_arrow.names)
             raise ValueError(f"{name} has no column of text; it has: {have}")
-        for batch in table.iter_batches(64, columns=names, use_threads=False):
+        groups = map(table.metadata.row_group, range(table.num_row_groups))
+        size = sum(group.total_byte_size for group in groups)
+        n = max(1, min(64, table.metadata.num_rows * BLOCK // max(1, size)))  # a row may be a book
+        for batch in table.iter_batches(n, columns=names, use_threads=False):
             yield from (flat_row(row, name) for row in batch.to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"{name} is no whole Parquet file ({reason}); fetch it again") from None
 
@@ -205,10 +339,13 @@ def flat_row(row, where: str) -> dict:
     >>> flat_row({"messages": [{"role": "user", "content": "Hi"}]}, "x.json, row 1")
     {'messages': 'user:\\nHi'}
     """
-    if isinstance(row, str):
+    if isinstance(row, str) or isinstance(row, list) and is_talk(row):
         row = {"text": row}
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is neither an object nor a string")
+        raise ValueError(
+            f"{where} is neither an object nor a string, as rows are; an array of them is called "
+            f".json, what is no table .txt"
+        )
     flat = {}
     for name, value in row.items():
         if isinstance(value, dict):
@@ -222,6 +359,14 @@ def flat_row(row, where: str) -> dict:
 
 
 ROLES, SAYINGS = ("role", "from", "speaker"), ("content", "value", "text")
+OWN = ("text", "content", "body", "article", "story", "document")  # what has one is no table
+
+
+def is_talk(parts) -> bool:
+    """Whether this is a list of messages."""
+    return isinstance(parts, list) and any(
+        isinstance(part, dict) and set(ROLES) & part.keys() for part in parts
+    )
 
 
 def joined(parts: list, where: str) -> str:
@@ -230,17 +375,27 @@ def joined(parts: list, where: str) -> str:
     >>> joined([{"from": "human", "value": "Hi"}, {"value": "Hello.", "from": "gpt"}], "")
     'human:\\nHi\\n\\ngpt:\\nHello.'
     """
-    parts, texts = [p for p in parts if isinstance(p, (str, dict))], []
+    texts = []
     for part in parts:
-        role, said = ([k for k in keys if k in part] for keys in (ROLES, SAYINGS))
-        if isinstance(part, dict) and role and said:
-            text = flat_row({"text": part[said[0]]}, where).get("text", "")
-            texts += [f"{part[role[0]]}:\n{text}"] * bool(text.strip())
-        elif isinstance(part, dict) and said and part.get("type") == "text":
-            texts.append(str(part[said[0]]))  # a message may have parts,
-        elif isinstance(part, dict) and str(part.get("type")).startswith(("image", "audio")):
-            pass  # of which some are no text
-        else:
-            texts.append("\n".join(flat_row(part, where).values()))
-    is_talk = any(isinstance(part, dict) and set(ROLES) & part.keys() for part in parts)
-    return ("\n\n" if is_talk else "\n").join(texts)
+        if isinstance(part, list):
+            texts.append(joined(part, where))
+        elif isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict):
+            texts.append(said(part, where))
+    return ("\n\n" if is_talk(parts) else "\n").join(filter(None, texts))
+
+
+def said(part: dict, where: str) -> str:
+    """The text of an object in a list: a message under its role, a part of one, or a row."""
+    role, saying = (next((k for k in keys if k in part), "") for keys in (ROLES, SAYINGS))
+    if role and saying:
+        text = flat_row({"text": part[saying]}, where).get("text", "")
+        calls = [json.dumps(call, ensure_ascii=False) for call in part.get("tool_calls") or []]
+        text = "\n".join([text] * bool(text.strip()) + calls)
+        return f"{part[role]}:\n{text}" if text else ""
+    if isinstance(part.get("type"), str) and saying:  # a message may have parts,
+        return part[saying] if isinstance(part[saying], str) else ""
+    if str(part.get("type")).startswith(("image", "audio")):  # of which some are no text
+        return ""
+    return "\n".join(flat_row(part, where).values())

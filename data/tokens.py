@@ -28,6 +28,7 @@ from data.run.log import print_in_place, print_line
 BATCH = 1 << 19  # encoded at a time [characters]
 EVERY = 0.2  # seconds between two lines of progress
 SAMPLE = 100_000_000  # bytes: a tokenizer learns nothing new from more
+WORDS = 1 << 23  # bytes of different words that it may learn; each takes 75 bytes of memory
 
 
 class Progress:
@@ -70,12 +71,13 @@ def make_tokenizer(kind: str, vocab_size: int, corpus):
         return bpe.Tokenizer([])
     code = hashlib.sha256(Path(bpe.__file__).read_bytes()).hexdigest()[:8]  # an edit: learn anew
     path = datasets.CACHE / f"{corpus.key}-{vocab_size}-{bpe.UNICODE}-{code}.{kind}"
-    if path.exists():
+    with contextlib.suppress(ValueError):  # none is there, or it was damaged since
         return bpe.Tokenizer.load(path)
-    every = max(1, math.ceil(corpus.train.n_bytes / SAMPLE))
-    if every > 1:
-        print_line(f"tokenizer  learns from one document in {every}, {SAMPLE / 1e6:.0f} MB in all")
     bpe.Tokenizer.train([], vocab_size)  # of no text: refuses a size before words are counted
+    most = SAMPLE if kind == "chars" else sample_size(corpus.train)
+    every = max(1, math.ceil(corpus.train.n_bytes / most))
+    if every > 1:
+        print_line(f"tokenizer  learns from one document in {every}, {most / 1e6:.0f} MB in all")
     sample = itertools.islice(corpus.train, 0, None, every)
     if kind == "chars":
         tokenizer = learn_characters(sample, vocab_size)
@@ -86,6 +88,27 @@ def make_tokenizer(kind: str, vocab_size: int, corpus):
     return_freed_memory()
     write_text(path, json.dumps(tokenizer.state()))
     return tokenizer
+
+
+def sample_size(documents) -> int:
+    """How many bytes to learn words from: SAMPLE, or fewer where words are nearly all different.
+
+    So they are in Chinese, where no space ends them. The new ones of each megabyte get fewer as a
+    text goes on, by a power of its length (Heaps' law), which its first megabytes tell.
+    """
+    words, n, seen = set(), 0, []
+    for text in documents:
+        words.update(itertools.chain.from_iterable(map(bpe.split_words, bpe.blocks(text))))
+        n += len(text.encode())
+        if n >= (len(seen) + 1) << 21:
+            seen.append((n, sum(len(word.encode()) for word in words)))
+        if len(seen) == 2:
+            break
+    else:
+        return SAMPLE
+    (n_1, words_1), (n_2, words_2) = seen
+    power = math.log(words_2 / words_1) / math.log(n_2 / n_1)
+    return min(SAMPLE, int(n_2 * (WORDS / words_2) ** (1 / max(0.1, power))))
 
 
 def learn_characters(documents, vocab_size: int) -> bpe.Tokenizer:
@@ -112,15 +135,26 @@ def learn_characters(documents, vocab_size: int) -> bpe.Tokenizer:
 
 
 def count_words(texts, n_bytes: int) -> Counter:
-    """bpe.count_words of texts of about so many bytes, by all cores if they are many."""
-    n, progress = workers.how_many(n_bytes), Progress("counting", n_bytes)
+    """bpe.count_words of texts of about so many bytes, by all cores if they are many.
+
+    Of more different words than memory is there to learn from, the most frequent.
+    """
+    n, progress, total = workers.how_many(n_bytes), Progress("counting", n_bytes), Counter()
     if not n:
-        return bpe.count_words(progress.through(texts))
-    total, todo = Counter(), batches(((text, True) for text in texts), join=False)
-    with contextlib.closing(workers.results("count", None, todo, n)) as done:
-        for words, size in done:
-            total.update(words)
-            progress.tell(size)
+        for text in progress.through(texts):
+            workers.add_words(total, [text])
+    else:
+        todo = batches(((text, True) for text in texts), join=False)
+        with contextlib.closing(workers.results("count", None, todo, n)) as done:
+            for words, size in done:
+                total.update(words)
+                progress.tell(size)
+    if sum(len(word.encode()) for word in total) > WORDS:
+        size = 0
+        for word in sorted(total, key=lambda word: (-total[word], word)):
+            size += len(word.encode())
+            if size > WORDS:
+                del total[word]
     return total
 
 
@@ -157,12 +191,20 @@ def encode_corpus(corpus, tokenizer, length: int, asked: str) -> tuple[np.ndarra
 
 
 def encode(documents, tokenizer, path: Path) -> np.ndarray:
-    """The ids of a datasets.Documents, mapped; made if not there."""
+    """The ids of a datasets.Documents, mapped; made if not there, or not whole."""
     remove_leftovers(path.parent, "*")
-    if not path.exists():
+    if not is_whole(path, tokenizer):
         with replacing(path) as file:
             write_ids(file, documents.pieces(), documents.n_bytes, tokenizer)
     return np.memmap(path, tokenizer.encode_array([]).dtype, "r")
+
+
+def is_whole(path: Path, tokenizer) -> bool:
+    """Whether a file of ids is there and ends with that of a text's end: a part of it would not."""
+    kind, size = tokenizer.encode_array([]).dtype, path.stat().st_size if path.exists() else 0
+    if not size or size % kind.itemsize:
+        return False
+    return np.fromfile(path, kind, offset=size - kind.itemsize)[0] == tokenizer.eot
 
 
 def write_ids(file, pieces, n_bytes: int, tokenizer) -> None:

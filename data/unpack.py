@@ -91,6 +91,7 @@ def zstd_frames():
 
 PACKED = {
     ".gz": gzip.open,
+    ".tgz": gzip.open,  # a tar archive, which its reader calls so
     ".bz2": bz2.open,
     ".xz": lzma.open,
     ".zst": lambda file: io.BufferedReader(Zstd(file), 1 << 16),

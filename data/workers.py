@@ -7,13 +7,14 @@ its input ends: so none outlives the program, however that ended.
 """
 
 import contextlib
+import itertools
 import os
 import pickle
 import queue
 import signal
 import subprocess
 import sys
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -23,6 +24,7 @@ if __package__ in (None, ""):  # run as a script: let it find its neighbours
 
 MOST = 8  # workers: with more, text of 1 GB would take more than 1 GB of memory in all
 EACH = 1 << 23  # bytes of text that make one more worker worth its start
+MOST_WORDS = 1 << 22  # different words in all workers, 700 MB: no text that repeats itself has more
 
 # --- 1. The program that gives work ---------------------------------------------------------------
 
@@ -142,14 +144,20 @@ def ids_of(tokenizer, texts: list[str], ends: bool) -> tuple:
 
 def count(setup, items, reply) -> None:
     """Answers batches with (nothing, the size of the texts), and at the end with {word: count}."""
+    words, (_, n) = Counter(), setup
+    for texts, _ in items:
+        add_words(words, texts, MOST_WORDS // n)
+        reply(({}, sum(len(text.encode()) for text in texts)))
+    reply((words, 0))
+
+
+def add_words(words: Counter, texts, most: int = MOST_WORDS) -> None:
+    """Counts the words of these texts too, unless there are so many different ones already."""
     import bpe
 
-    def documents():
-        for texts, _ in items:
-            yield from texts
-            reply(({}, sum(len(text.encode()) for text in texts)))
-
-    reply((bpe.count_words(documents()), 0))
+    if len(words) < most:
+        for block in itertools.chain.from_iterable(map(bpe.blocks, texts)):
+            words.update(bpe.split_words(block))
 
 
 def main() -> None:

@@ -518,6 +518,18 @@ def test_mistake_is_one_line_and_exit_code_2(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("out", ["f.txt", "link.json", os.devnull])
+def test_saving_never_takes_the_place_of_the_text_or_of_a_device(
+    tmp_path, monkeypatch, capsys, out
+):
+    (tmp_path / "f.txt").write_text("some text")
+    if out == "link.json":
+        os.symlink("f.txt", tmp_path / out)
+    code, _, err = run_cli(monkeypatch, capsys, tmp_path / "f.txt", "--out", tmp_path / out)
+    assert code == 2 and "name a file in an existing folder" in err
+    assert (tmp_path / "f.txt").read_text() == "some text"
+
+
 def test_folder_instead_of_file_is_one_line(tmp_path, monkeypatch, capsys):
     code, _, err = run_cli(monkeypatch, capsys, tmp_path)
     assert code == 2 and "give the path of a UTF-8 text file" in err and err.count("\n") == 1

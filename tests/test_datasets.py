@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import datasets, stories
+from data import datasets, formats, stories
 
 EOT = "<|endoftext|>"
 
@@ -152,7 +152,7 @@ def test_in_a_folder_a_bad_file_is_left_out_and_named(tmp_path):
     write(tmp_path / "shelf" / "worst.txt", "hello".encode("utf-16"))
     corpus = datasets.read("shelf")
     assert "".join(everything(corpus)) == "text"
-    assert "left out: shelf/worse.txt is not UTF-8" in corpus.how and "1 other" in corpus.how
+    assert "left out: shelf/worse.txt is not UTF-8" in corpus.how and "(and 1 more)" in corpus.how
     (tmp_path / "shelf" / "good.txt").unlink()
     with pytest.raises(ValueError, match="worse.txt is not UTF-8"):
         datasets.read("shelf")
@@ -164,6 +164,41 @@ def test_what_does_not_exist_is_refused(tmp_path):
     write(tmp_path / "shelf" / "a.png", b"\x89PNG")
     with pytest.raises(ValueError, match="shelf holds no file of UTF-8 text"):
         datasets.read("shelf")
+
+
+@pytest.mark.parametrize("name", ["", "a.txt,", ","])
+def test_an_empty_name_is_not_the_folder_where_one_is(tmp_path, name):
+    write(tmp_path / "a.txt", "text")
+    with pytest.raises(ValueError, match="a name of --data is empty; give a path, or [.]"):
+        datasets.read(name)
+
+
+def test_what_is_on_the_web_is_to_be_fetched():
+    with pytest.raises(ValueError, match="https://a.org/b.txt is not on this machine; fetch it"):
+        datasets.read("https://a.org/b.txt")
+
+
+def test_names_may_be_of_the_home_and_have_spaces_between(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write(tmp_path / "home" / f"{name}.txt", f"text {name} " * 30)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    assert datasets.read("~/a.txt, ~/b.txt").sources == ["a", "b"]
+    with pytest.raises(ValueError, match="~nobody-here/a.txt: no such file"):
+        datasets.read("~nobody-here/a.txt")
+
+
+def test_many_files_may_be_named(tmp_path):
+    names = [write(tmp_path / f"{n}.txt", f"text {n} " * 30) for n in range(300)]
+    assert len(datasets.read(",".join(names)).sources) == 300
+
+
+def test_what_is_said_of_many_files_is_said_once(tmp_path):
+    for n in range(30):
+        write(tmp_path / "hub" / f"{n:02}.jsonl", f'{{"text": "row {n}"}}\n' + '{"n": 1}\n' * n)
+    how = datasets.read("hub").how
+    assert "00.jsonl (and 29 more): text is column 'text'" in how
+    assert how.count(".jsonl") == 8 and how.endswith("and 22 other notes")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -194,6 +229,17 @@ def test_copies_of_a_document_are_left_out_and_nothing_else_is_lost(documents, r
     bodies = ["".join(document.split()) for document in everything(corpus)]
     assert sorted(bodies) == sorted({"".join(document.split()) for document in documents})
     assert f"{2 * len(documents) - len(bodies)} copies left out" in corpus.how
+
+
+@pytest.mark.parametrize("n", [1, 30])
+def test_a_source_of_copies_alone_is_none(tmp_path, n):
+    text = f"\n{EOT}\n".join(f"document {i} of words" for i in range(n))
+    for name in ("a", "b", "c"):
+        write(tmp_path / f"{name}.txt", text + name * (name == "c"))
+    corpus = datasets.read("a.txt,b.txt,c.txt")
+    assert corpus.sources == ["a", "c"] and "copies left out" in corpus.how
+    assert set(corpus.train.sources) | set(corpus.val.sources) == {0, 1}
+    assert datasets.read("a.txt,./a.txt").val
 
 
 def test_about_one_document_in_ten_is_for_validation():
@@ -428,3 +474,26 @@ def test_a_first_reading_tells_how_long_it_takes(tmp_path, monkeypatch):
     told = []
     datasets.read("many.txt", progress=told.append)
     assert "list of files" in told[0] and "of 0 MB" in told[1] and "s left" in told[1]
+
+
+def test_of_many_files_it_is_told_how_many_were_looked_into(tmp_path):
+    for n in range(1001):
+        write(tmp_path / "many" / f"{n}.txt", f"text {n}")
+    told = []
+    datasets.read("many", progress=told.append)
+    assert told[1:4] == [
+        f"reading    the first lines of {n} of 1,001 files" for n in ("0", "500", "1,000")
+    ]
+
+
+def test_one_long_text_is_not_read_again_either_and_both_readings_tell_how_long(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(datasets, "CACHE", tmp_path / "cache")
+    write(tmp_path / "book.txt", "some words of a book\n" * 999)
+    told, read = [], []
+    text_blocks = formats.text_blocks
+    monkeypatch.setattr(formats, "text_blocks", lambda *a: read.append(a) or text_blocks(*a))
+    datasets.read("book.txt", progress=told.append)
+    assert len(read) == 2 and sum(" documents" in line for line in told) >= 2
+    assert datasets.read("book.txt").val and len(read) == 2

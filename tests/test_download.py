@@ -52,6 +52,7 @@ class Server(BaseHTTPRequestHandler):
             return self.answer(416, b"")
         part = content[start : end + 1]
         where = f"bytes {start}-{start + len(part) - 1}/{len(content)}"
+        where = faults.get("where", where)
         self.answer(206, part, Content_Range=where, **headers)
 
     def answer(self, status, content, **headers):
@@ -59,6 +60,7 @@ class Server(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         length = len(content) + self.server.faults.get("longer", 0)
+        length = self.server.faults.get("length", length)
         if "no length" not in self.server.faults:
             self.send_header("Content-Length", str(length))
         self.send_header("Connection", "close")
@@ -179,6 +181,21 @@ def test_a_wrong_length_is_noticed(server, capsys):
     refused(capsys, "after 300,000 of 300,007 bytes")
 
 
+def test_another_part_than_was_asked_for_is_not_glued_on(server, capsys):
+    break_off(server, capsys)
+    server.faults["where"] = "bytes 0-199999/300000"
+    refused(capsys, "another part than was asked for", "the same command goes on")
+    assert fetch() == 0 and (FOLDER / "it.txt").read_bytes() == CONTENT
+
+
+def test_an_empty_answer_is_no_file_and_a_length_that_is_no_number_none(server, capsys):
+    server.offer(b"")
+    refused(capsys, "is empty", "http://page.example")
+    server.offer(CONTENT)
+    server.faults["length"] = "many"
+    assert fetch() == 0 and (FOLDER / "it.txt").read_bytes() == CONTENT
+
+
 @pytest.mark.parametrize(
     "status, words", [(401, ["login", "401"]), (403, ["login", "403"]), (404, ["no such", "404"])]
 )
@@ -233,7 +250,7 @@ def test_a_truncated_zip_is_refused(server, capsys):
 def test_a_disk_that_is_too_small_is_noticed_first(server, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 200_000))
-    refused(capsys, "needs 0.0 GB", "make room", "--limit")
+    refused(capsys, "needs 0.3 MB", "make room", "--limit")
     assert os.listdir(FOLDER) == []
 
 

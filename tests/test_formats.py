@@ -5,12 +5,17 @@ The samples are made here, in the shape of the public sets: none of their text i
 
 import bz2
 import codecs
+import contextlib
 import csv
 import gzip
 import io
 import json
 import lzma
+import os
+import random
 import sys
+import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -239,6 +244,93 @@ def test_a_bad_table_is_refused_with_the_place(name, content, words):
     assert [word for word in words if word not in str(error.value)] == []
 
 
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        ('"id, or n";text\n1;"a;\nb"\n', ["a;\nb"]),  # a comma in the header
+        ("id|text\n1|a, b\n", ["a, b"]),
+        ("sep=;\nid;text\n1;a\n", ["a"]),  # as Excel writes it
+        ("\ufeffid,text\r\n\r\n1,a\r\n", ["a"]),
+        ("\n\nid,text\n1,a\n", ["a"]),
+        ('id, text\n1, "a, b"\n', ["a, b"]),
+        ("text,text,text\na,b,c\n", ["a"]),  # none replaces another
+        ("id,text,,\n1,a,,\n", ["a"]),
+        ("n,2019,text\n1,2,a\n", ["a"]),  # a year is a name
+    ],
+)
+def test_dialects_of_csv(content, found):
+    assert texts(write("a.csv", content)) == found
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (
+            'id\ttext\n1\t"Hi," he said\n2\t"open\n3\t5" wide\n',
+            ['"Hi," he said', '"open', '5" wide'],
+        ),
+        ('id\ttext\n1\t"said ""Hi"""\n2\t"a\tb\nc"\n', ['said "Hi"', "a\tb\nc"]),
+        ('id\ttext\n1\t"a"\n2\tb\n', ["a", "b"]),
+    ],
+)
+def test_quotes_of_a_tsv_are_text_where_they_quote_no_field(content, found):
+    assert texts(write("a.tsv", content)) == found
+
+
+def test_columns_of_one_name_are_all_there():
+    write("a.csv", "text,text\na,b\n")
+    assert texts("a.csv", "text.2") == ["b"]
+
+
+@pytest.mark.parametrize("content", ["1,hello there\n2,bye\n", "great film,0.5\nbad,0.1\n"])
+def test_a_first_row_is_not_taken_for_the_header(content):
+    write("a.csv", content)
+    with pytest.raises(ValueError, match="begins with text, not with names of columns; add them"):
+        read("a.csv")
+
+
+@pytest.mark.parametrize(
+    "row, found",
+    [
+        ({"url": "https://a.org/a/very/long/name", "comment": "good one"}, "good one"),
+        ({"id": "12345678901234567890", "said": "yes"}, "yes"),
+        ({"key": "ab12cd34ef56ab12cd34", "satz": "\u4f60\u597d\u3002"}, "\u4f60\u597d\u3002"),
+        ({"row": {"id": "a long identifier", "text": "a"}}, "a"),
+        ({"prompt": "p", "completion": " c"}, "prompt:\np\n\ncompletion:\n c"),
+        (
+            {"output": "o", "input": "", "instruction": "i"},
+            "instruction:\ni\n\noutput:\no",
+        ),
+        ({"context": "c", "question": "q", "answers": {"text": ["a", "b"]}}, None),
+        ({"prompt": "p", "response": "r", "text": "p r"}, "p r"),
+    ],
+)
+def test_the_column_that_is_guessed_is_prose_or_what_is_asked_and_answered(row, found):
+    write("a.jsonl", json.dumps(row))
+    squad = "context:\nc\n\nquestion:\nq\n\nanswers.text:\na\nb"
+    assert texts("a.jsonl") == [found or squad]
+
+
+def test_several_columns_may_be_named():
+    write("a.csv", "a,b,c\n1,x,y\n2,,z\n")
+    assert texts("a.csv", "c,b") == ["c:\ny\n\nb:\nx", "c:\nz"]
+    with pytest.raises(ValueError, match="no column 'd'; it has: a, b, c"):
+        read("a.csv", "c,d")
+
+
+def test_rows_of_books_are_not_gathered_before_the_first_is_read():
+    """What a table is, is seen from a thousand rows, or from the first few megabytes."""
+    asked = []
+
+    def books():
+        for n in range(40):
+            asked.append(n)
+            yield {"text": "word " * 200_000}
+
+    next(iter(formats.table(books(), "a.jsonl", "", print)))
+    assert len(asked) < 15
+
+
 # ---------------------------------------------------------------------------------------------
 # Bytes
 # ---------------------------------------------------------------------------------------------
@@ -336,6 +428,28 @@ def test_a_word_without_end_does_not_fill_the_memory(monkeypatch):
     assert "".join(piece for piece, _ in pieces) == "x" * 140_000
     assert max(len(piece) for piece, _ in pieces) < 17_000
     assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_a_word_without_end_is_not_searched_again_and_again(monkeypatch):
+    """Each part of it once, or it takes hours for 300 MB."""
+    monkeypatch.setattr(formats, "PIECE", 1000)
+    monkeypatch.setattr(formats, "find_cut", counting := Counting(formats.find_cut))
+    text = "x" * 200_000 + " <" + "y" * 9 + f"\n{EOT}\nlast"
+    pieces = list(formats.split_documents(in_blocks(text, [700])))
+    assert "".join(piece for piece, _ in pieces) == text.replace(f"\n{EOT}\n", "")
+    assert counting.searched < 2 * len(text)
+
+
+class Counting:
+    """A pattern that counts what it looks at."""
+
+    def __init__(self, pattern):
+        self.pattern, self.searched = pattern, 0
+
+    def search(self, text, start):
+        found = self.pattern.search(text, start)
+        self.searched += (found.start() if found else len(text)) - start
+        return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -551,10 +665,111 @@ def test_of_a_folder_a_line_tells_what_was_left_out_and_what_to_do():
     )
 
 
-def test_a_pointer_of_git_lfs_is_no_text():
-    write("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
-    with pytest.raises(ValueError, match="a.txt is a pointer of Git LFS.*git lfs pull"):
-        read("a.txt")
+def test_a_pointer_of_git_lfs_is_no_text_and_to_an_image_nothing():
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"
+    write("code/a.py", "code")
+    write("code/logo.png", pointer)
+    assert texts("code") == ["code"]
+    write("code/a.txt", pointer)
+    for name in ("code", "code/a.txt"):
+        with pytest.raises(ValueError, match="a.txt is a pointer of Git LFS.*git lfs pull"):
+            read(name)
+
+
+def test_settings_beside_code_are_text_and_tables_beside_it_tables():
+    files = {
+        "a.py": "code",
+        "broken.json": "{",
+        "comments.json": '// of a person\n{"a": 1,}',
+        "package.json": '{"name": "x", "description": "y", "files": ["a", "b"], "n": {"o": "p"}}',
+        "numbers.json": "[1, 2]",
+        "rows.json": '[{"text": "one"}, {"text": "two"}]',
+        "broken.csv": "a,b\n1,2,3\n",
+        "rows.csv": "id,said\n1,three\n",
+    }
+    for name, content in files.items():
+        write(Path("code") / name, content)
+    found, notes = read("code")
+    rows = ["one", "two", "three"]
+    plain = [text for name, text in files.items() if name[:4] != "rows"]
+    assert sorted(text for _, text in found) == sorted(rows + plain)
+    assert notes[-1].startswith("read as plain text: broken.csv, line 2: a row of 3")
+    assert notes[-1].endswith("(and 4 more)")
+    for name in ("a.py", "comments.json", "package.json", "numbers.json", "broken.csv"):
+        Path("code", name).unlink()
+    with pytest.raises(ValueError, match="broken.json is no JSON"):  # tables alone: one is broken
+        read("code")
+
+
+def test_of_a_notebook_the_cells_are_text():
+    cells = [{"cell_type": "markdown", "source": ["# A\n", "b"]}]
+    cells += [{"cell_type": "code", "source": "1 + 1", "outputs": [{"text": ["2"]}]}]
+    write("a.ipynb", json.dumps({"cells": cells, "metadata": {}, "nbformat": 4}))
+    assert texts("a.ipynb") == ["# A\nb\n\n1 + 1"]
+    write("a.ipynb", "no notebook")
+    assert texts("a.ipynb") == ["no notebook"]
+
+
+def test_a_zero_byte_far_into_a_file_of_a_folder_leaves_that_out():
+    write("mine/a.txt", "text")
+    write("mine/setup.sh", b"#!/bin/sh\n" * 1000 + b"\0")
+    found, notes = read("mine")
+    assert [text for _, text in found] == ["text"] and "setup.sh is not text" in notes[0]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tgz", "tar.xz"])
+def test_a_tar_archive_is_to_be_unpacked(suffix):
+    with tarfile.open("a.tar", "w") as archive:
+        archive.add(write("a.txt", "some text"))
+    data = Path("a.tar").read_bytes()
+    pack = {"tgz": gzip, "tar.gz": gzip, "tar.xz": lzma}.get(suffix)
+    write(f"b.{suffix}", pack.compress(data) if pack else data)
+    with pytest.raises(ValueError, match=f"tar archive; .*name the folder: tar -xf b.{suffix}"):
+        read(f"b.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zip"])
+def test_a_file_that_is_not_packed_as_it_says_is_named(suffix):
+    write(f"a.txt.{suffix}", "plain text")
+    with pytest.raises(ValueError, match=f"a.txt.{suffix} is (damaged,|no whole zip)"):
+        read(f"a.txt.{suffix}")
+
+
+def test_the_command_that_converts_a_file_suits_it():
+    for name, content, command in (
+        ("a b.txt", b"caf\xe9", "iconv -f cp1252 -t utf-8 'a b.txt' > utf8.txt"),
+        ("a.csv", "id,text".encode("utf-16"), "iconv -f utf-16 -t utf-8 a.csv > utf8.csv"),
+        ("a.txt", "text\n".encode("utf-32"), "iconv -f utf-32 -t utf-8 a.txt > utf8.txt"),
+        ("a.txt", b"caf\xc3\xa9 \xff", "iconv -c -f utf-8 -t utf-8 a.txt > utf8.txt"),
+    ):
+        write(name, content)
+        with pytest.raises(ValueError) as error:
+            read(name)
+        assert str(error.value).endswith(command)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes links")
+def test_links_to_folders_are_told_and_never_walked_in_circles():
+    write("mine/a.txt", "text")
+    write("other/b.txt", "more")
+    os.symlink("../other", "mine/other")
+    os.symlink(".", "mine/mine")
+    os.symlink("../other/b.txt", "mine/b.txt")
+    members = formats.find(Path("mine"))
+    assert [member.name for member in members] == ["a.txt", "b.txt"]
+    left = formats.left_out(Path("mine"), members)
+    assert left == "mine: left out: 2 link(s) to folders (name those: A,B)"
+
+
+def test_of_a_data_set_saved_by_the_hub_settings_are_no_rows():
+    for name in ("state.json", "dataset_info.json"):
+        write(Path("saved") / name, '{"features": {"text": {"dtype": "string"}}}')
+    write("saved/data-00000-of-00001.arrow", b"\xff\xff\xff\xff" + bytes(99))
+    assert formats.find(Path("saved")) == []
+    with pytest.raises(ValueError, match="saved holds no .* but 2 .json, 1 .arrow .Arrow: save as"):
+        datasets.read("saved")
+    write("readme/README.md", "a text of a person")
+    assert texts("readme") == ["a text of a person"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -657,6 +872,34 @@ def test_parquet_is_read_by_column_and_refused_in_one_line():
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.oracle
+def test_of_parquet_with_a_book_in_each_row_one_is_in_memory():
+    arrow = conftest.import_oracle("pyarrow")
+    rng = random.Random(0)
+    book = [{"text": rng.randbytes(1 << 20).hex()} for _ in range(30)]
+    write("a.parquet", parquet(book, row_group_size=1))
+    pool, most = arrow.default_memory_pool(), 0
+    before = pool.bytes_allocated()
+    for text in rows.parquet_rows(open("a.parquet", "rb"), "a.parquet"):
+        most = max(most, pool.bytes_allocated() - before)
+        assert len(text["text"]) == 2 << 20
+    assert most < 12 << 20
+
+
+@pytest.mark.oracle
+def test_parquet_without_rows_or_with_bytes_that_are_no_text():
+    arrow = conftest.import_oracle("pyarrow")
+    from pyarrow import parquet
+
+    text = arrow.array([b"a", b"\xff"])
+    broken = arrow.Array.from_buffers(arrow.string(), 2, text.buffers())
+    parquet.write_table(arrow.table({"text": broken}), "b.parquet")
+    with pytest.raises(ValueError, match="b.parquet is no whole Parquet file .*0xff"):
+        read("b.parquet")
+    parquet.write_table(arrow.table({"text": arrow.array([], "string")}), "c.parquet")
+    assert texts("c.parquet") == []
+
+
 CARD = "---\nlicense: mit\n---\n# A set\n"
 
 
@@ -710,6 +953,78 @@ def test_broken_json_is_named(content):
         read("a.json")
 
 
+A, B = {"text": "a"}, {"text": "b"}
+LONG = [{"text": f"{i}"} for i in range(3000)]
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        # an array beside the rows
+        ({"columns": [{"name": "text", "type": "string"}], "rows": [{"row": A}]}, ["a"]),
+        ({"tags": ["some", "tags"], "items": [A, B]}, ["a", "b"]),
+        ({"errors": [], "n": [1, 2], "items": [A, B]}, ["a", "b"]),
+        ({"train": [A], "test": [B], "labels": [{"name": "x"}]}, ["a", "b"]),
+        (
+            {"n": [*range(3000)], "train": LONG, "test": [B], "x": [{"y": "z"}]},
+            [r["text"] for r in LONG] + ["b"],
+        ),
+        # a table by columns, or by names
+        ({"id": [1, 2], "text": ["a", "b"]}, ["a", "b"]),
+        ({"id": {"0": 1, "1": 2}, "text": {"0": "a", "1": "b"}}, ["a", "b"]),
+        ({"x1": A, "x2": B}, ["a", "b"]),
+        # one row
+        ({"tags": ["x", "y"], "text": "a"}, ["a"]),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": [{"b": "c"}]}, ["user:\na"]),
+    ],
+)
+def test_the_rows_of_an_object_are_found(content, found):
+    for indent in (None, 1):
+        assert texts(write("a.json", json.dumps(content, indent=indent))) == found
+
+
+@pytest.mark.parametrize("n", [300, 450, 480, 2000, 100_000])
+def test_lists_in_lists_without_end_are_no_rows(n):
+    write("a.json", '[{"text": "a", "b": ' + '[{"c": ' * n + '"d"' + "}]" * n + "}]")
+    with contextlib.suppress(ValueError):
+        assert texts("a.json") == ["a"]
+
+
+def test_two_long_arrays_of_texts_are_refused():
+    long = [f"{i}" for i in range(3000)]
+    write("a.json", json.dumps({"title": long, "text": long}))
+    with pytest.raises(ValueError, match="several long arrays; write a row a line"):
+        read("a.json")
+
+
+@pytest.mark.parametrize("between", ["", " ", "\n", "\n\n"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n", " "])
+def test_json_that_follows_json_is_read_too(start, between):
+    for indent in (None, 1):
+        content = start + between.join(json.dumps(row, indent=indent) for row in (A, B))
+        assert texts(write("a.json", content)) == ["a", "b"]
+    assert texts(write("a.json", f"{start}[{json.dumps(A)}]{between}[{json.dumps(B)}]")) == [
+        "a",
+        "b",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content", ['[{"text": "a"}] garbage', '{"text": "a"}{', '{"a": 1 "b": 2}']
+)
+def test_what_follows_json_is_not_left_out_in_silence(content):
+    write("a.json", content)
+    with pytest.raises(ValueError, match="a.json is no JSON at .* rename it to .txt"):
+        read("a.json")
+
+
+def test_a_long_value_of_json_takes_no_quadratic_time():
+    text = json.dumps([{"text": "a", "list": ["word"] * 500_000}])
+    blocks, started = in_blocks(text, [1 << 14]), time.process_time()
+    assert [row["text"] for row in rows.json_rows(blocks, "a.json")] == ["a"]
+    assert time.process_time() - started < 5  # read anew with each block, it took 10
+
+
 def test_an_object_without_rows_is_a_row_and_lines_of_json_are_rows():
     assert texts(write("a.json", '{"n": 1, "text": "one"}')) == ["one"]
     lines = ['{"messages": [{"role": "user", "content": "Hi"}]}'] * 2
@@ -726,8 +1041,23 @@ def test_an_object_without_rows_is_a_row_and_lines_of_json_are_rows():
             {"role": "tool", "content": None},
             {"role": "user", "content": [{"type": "image", "url": {}}, "Hi"], "name": "x"},
         ],
+        [
+            {"role": "system", "content": [{"type": "input_text", "text": "Be kind."}]},
+            {"role": "user", "content": [{"type": "text", "text": None}, ["Hi"]]},
+        ],
     ],
 )
 def test_messages_are_joined_in_reading_order_with_roles_as_lines(messages):
     write("a.jsonl", json.dumps({"prompt_id": "123", "messages": messages}))
     assert texts("a.jsonl") == ["system:\nBe kind.\n\nuser:\nHi"]
+
+
+def test_what_a_tool_is_asked_is_text_too():
+    call = {"type": "function", "function": {"name": "sum", "arguments": '{"a": 1}'}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages += [
+        {"role": "tool", "content": "3"},
+        {"role": "user", "content": "", "tool_calls": None},
+    ]
+    write("a.jsonl", json.dumps({"messages": messages}))
+    assert texts("a.jsonl") == [f"assistant:\n{json.dumps(call)}\n\ntool:\n3"]

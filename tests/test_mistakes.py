@@ -25,7 +25,7 @@ import sample
 import train
 from bpe import Tokenizer
 from data import datasets
-from data.run import checkpoint
+from data.run import checkpoint, storage
 
 ROOT = Path(train.__file__).parent
 PROGRAMS = {"train.py": train, "sample.py": sample}
@@ -62,6 +62,10 @@ TABLE = {
     "train.py --data lines.jsonl": ["lines.jsonl", "line 2", "JSON"],
     "train.py --data wiki": ["wiki", "not here yet", "python data/datasets.py wiki"],
     "train.py --data book.txt,nowhere": ["nowhere", "no such", "--data stories"],
+    "train.py --data book.txt,": ["name of --data is empty", "give a path"],
+    "train.py --data https://a.org/b.txt": ["not on this machine", "fetch it"],
+    "train.py --data archive.tar": ["archive.tar", "a tar archive", "tar -xf archive.tar"],
+    "train.py --data broken": ["broken/a b.txt", "not UTF-8", "iconv"],
     f"{BOOK} --track wandb": ["track='wandb'", "mlflow"],
     "train.py --plot nowhere": ["matplotlib", "pip install"],
     f"{BOOK} --seq_len 5000": ["book.txt", "too short", "5000", "--seq_len"],
@@ -215,7 +219,7 @@ def make_checkpoints():
 
 
 def make_texts():
-    for folder in ("shelf", "mixed", "used", "sealed"):
+    for folder in ("shelf", "mixed", "used", "sealed", "broken"):
         Path(folder).mkdir()
     latin = "caf\xe9".encode("latin-1")
     files = {
@@ -231,6 +235,8 @@ def make_texts():
         "damaged.zip": b"PK\3\4" + bytes(100),
         "table.csv": b"id,text\n1,x\n",
         "lines.jsonl": b'{"text": "x"}\nnot json\n',
+        "archive.tar": b"a.txt".ljust(257, b"\0") + b"ustar" + bytes(99),
+        "broken/a\nb.txt" if os.name == "posix" else "broken/a b.txt": latin * 100,
         "shelf/picture.jpg": b"\xff\xd8\xff\xe0 not a text",
         "mixed/bad.txt": latin * 100,
         "mixed/good.txt": b"good " * 100,
@@ -453,3 +459,9 @@ def test_the_remedies_of_more_than_sixty_mistakes_work(folder, monkeypatch, caps
         for path in set(Path().iterdir()) - there:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert len(mended) > 110, sorted(TABLE.keys() - set(mended))
+
+
+def test_the_name_of_a_run_is_no_longer_than_a_file_may_have(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = storage.new_folder({"data": ",".join(f"part-{n}.txt" for n in range(99))})
+    assert len(folder.name) < 80

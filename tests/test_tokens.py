@@ -3,8 +3,10 @@
 import itertools
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,6 +87,28 @@ def test_the_second_time_nothing_is_encoded(cache):
     first = tokens.encode(side_of(["some text"]), BYTES, cache / "a.ids")
     second = tokens.encode(None, BYTES, cache / "a.ids")
     assert second.tolist() == first.tolist()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"hello\n"]
+)
+def test_what_was_damaged_in_the_cache_is_made_again(cache, tmp_path, damage):
+    """As by a copy of the folder that was broken off."""
+    (tmp_path / "a.txt").write_text("".join(f"some text {i}\n" for i in range(999)))
+
+    def prepare():
+        corpus = datasets.read(str(tmp_path / "a.txt"))
+        tokenizer = tokens.make_tokenizer("bpe", 300, corpus)
+        return [ids.tobytes() for ids in tokens.encode_corpus(corpus, tokenizer, 16, "a.txt")]
+
+    whole = prepare()
+    files = [path for path in cache.iterdir() if path.suffix in (".ids", ".npz", ".bpe")]
+    assert len(files) == 5
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(damage(content))
+        assert prepare() == whole
+        assert path.suffix == ".npz" or path.read_bytes() == content
 
 
 def test_progress_is_told_with_the_time_left(cache, monkeypatch):
@@ -185,6 +209,41 @@ def test_pieces_of_formats_are_one_document_on_disk(cache, tmp_path, monkeypatch
         assert len(list(side)) > len(side) == 1
         ids = tokens.encode(side, tokenizer, cache / name)
         assert ids.tolist() == encode(tokenizer, ["".join(side)]).tolist()
+
+
+def unlike(n, seed=0):
+    """A megabyte n times, of words of which few occur twice."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        letters = rng.randbytes(1 << 20).translate(bytes(97 + i % 26 for i in range(256))).decode()
+        yield " ".join(letters[at : at + 15] for at in range(0, len(letters), 15))
+
+
+def test_where_all_words_differ_fewer_are_learned_from(monkeypatch):
+    """Each takes memory: of 100 MB of Chinese they took 4 GB."""
+    assert tokens.sample_size(unlike(6)) < 12 << 20
+    assert tokens.sample_size([*unlike(2)] * 4) > 20 << 20
+    assert tokens.sample_size([*unlike(1)] * 3) == tokens.sample_size([]) == tokens.SAMPLE
+    usual = [
+        "".join(f"word {i % (997 + n)} and {i % 89}\n" for i in range(60_000)) for n in range(9)
+    ]
+    assert tokens.sample_size(usual) == tokens.SAMPLE
+
+
+def test_beyond_so_many_different_words_none_is_counted():
+    words = Counter()
+    for text in unlike(3):
+        workers.add_words(words, [text], 100_000)
+    assert 100_000 < len(words) < 170_000
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_of_more_words_than_fit_memory_the_most_frequent_are_learned_from(n, monkeypatch):
+    monkeypatch.setattr(workers, "how_many", lambda n_bytes, most=0: n)
+    monkeypatch.setattr(tokens, "BATCH", 1 << 18)
+    monkeypatch.setattr(tokens, "WORDS", 1000)
+    words = tokens.count_words(["often " * 9 + text for text in unlike(3)], 3 << 20)
+    assert 900 < sum(map(len, words)) <= 1000 and words[" often"] + words["often"] == 27
 
 
 # ---------------------------------------------------------------------------------------------

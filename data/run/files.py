@@ -129,6 +129,6 @@ def check_space(path, needed: int, advice: str) -> None:
     free = shutil.disk_usage(Path(path).parent).free
     if needed > free:
         raise ValueError(
-            f"{path} needs {needed / 1e9:.1f} GB more and its disk has {free / 1e9:.1f} GB left; "
+            f"{path} needs {needed / 1e6:,.1f} MB more and its disk has {free / 1e6:,.1f} MB left; "
             f"make room, or {advice}"
         )

@@ -126,7 +126,9 @@ def one_line_errors(
         if not (is_told or OWN_CODE):
             raise
         place = place if place or is_told else f"{[*OWN_CODE.values()][-1]}: "  # in backward, say
-        reason = kind_and_reason(error) if place else first_line(error)
+        # A ValueError whole: the name of a file may have line breaks.
+        whole = " ".join(f"{error}".split()) if isinstance(error, ValueError) else ""
+        reason = kind_and_reason(error) if place else whole or first_line(error)
         if not quiet:
             print(f"error: {place}{reason}{hint(error)}", file=sys.stderr)
         sys.exit(2)

@@ -56,7 +56,7 @@ def new_folder(flags: dict) -> Path:
     if flags.get("out"):
         folder = Path(flags["out"])
     else:
-        folder = first_free(Path("runs") / Path(flags.get("data", "stories")).resolve().stem)
+        folder = first_free(Path("runs") / Path(flags.get("data", "stories")).resolve().stem[:60])
     if holds_a_run(folder):
         raise ValueError(
             f"{folder} already holds a run; go on: python train.py --resume --out "
@@ -215,7 +215,7 @@ REMEDIES = {  # an error of the disk, and what to do
     errno.ENOSPC: f"; make room, {GO_ON}",
     errno.EDQUOT: f"; make room, {GO_ON}",
     errno.EROFS: f"; make it writable, {GO_ON}, or choose another --out",
-    errno.EACCES: f"; close it elsewhere and see that it can be written, {GO_ON}",
+    errno.EACCES: f"; close it elsewhere and see that it can be read and written, {GO_ON}",
     errno.ENOENT: "; was it taken away? start again, or choose another --out",
     errno.EIO: "; the disk fails: copy what is there, and choose another --out",
 }
