@@ -902,12 +902,12 @@ def generate(
         raise ValueError("generate needs the model in evaluation mode; call model.eval() first")
     (B, T), c, is_cuda = ids_BT.shape, model.config, ids_BT.is_cuda
     n_new = min(max_new_tokens, c.seq_len - T)
-    # A multiple of 256: kernels are compiled for a length, so let there be few.
-    length = min(c.seq_len, -(-(T + max(0, n_new)) // 256) * 256)
+    length = min(c.seq_len, -(-(T + max(0, n_new)) // 256) * 256)  # few: kernels are made for each
     step = Step(model, B, length, (temperature, top_k, top_p, min_p), repetition_penalty, stop)
-    # A loop over experts asks the GPU for numbers; so does torch's grouped product before Hopper.
+    # A loop over experts asks the GPU for numbers; so does torch's grouped product before Hopper,
     old = is_cuda and torch.cuda.get_device_capability(ids_BT.device) < (9, 0)
-    asks = model.sparse_layers and (step.moe is plain_moe or (step.moe is sorted_moe and old))
+    own = is_cuda and ROUTERS[c.router].__module__ != __name__  # and so may a router of your own.
+    asks = model.sparse_layers and (own or step.moe is plain_moe or step.moe is sorted_moe and old)
     graph = is_cuda and n_new >= 64 and not asks if graph is None else graph
     if compile and (graph or not (is_cuda or asks)):
         step.compile()

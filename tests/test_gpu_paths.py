@@ -148,6 +148,20 @@ def test_a_cuda_graph_generates_what_eager_does(batch, compile):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
+def test_a_router_of_ones_own_may_ask_the_gpu(monkeypatch):
+    """Which a CUDA graph forbids: so its texts are written without one."""
+
+    class Asks(lamoe.TopK):
+        def forward(self, *args):
+            assert (out := super().forward(*args)).weights_NA.sum().item() > 0
+            return out
+
+    monkeypatch.setitem(lamoe.ROUTERS, "asks", Asks)
+    model = random_model(small_config(**SIZES, router="asks", seq_len=128)).cuda().bfloat16()
+    assert len(list(model.generate(random_ids(model.config, 1, 5).cuda(), 80))) == 80
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_recorded_training_step_does_what_the_step_does(router, tmp_path):
     """Rates, batches, noise and the balancing bias reach a CUDA graph, the same way each time."""

@@ -4,6 +4,7 @@ On a CPU, uncompiled. A GPU differs from it in its kernels alone.
 """
 
 import shutil
+import sys
 from types import SimpleNamespace
 from unittest import mock
 
@@ -79,9 +80,8 @@ def test_loss_and_gradients_are_bit_for_bit_those_of_autocast(n_experts, run, mo
 
 def test_steps_move_the_masters_bit_for_bit_as_they_would_the_weights(monkeypatch):
     """But momenta are rounded. What the model holds is the masters, rounded."""
-    monkeypatch.setattr(
-        ranks, "total_norm", lambda grads: torch.tensor(2.0)
-    )  # else in other orders
+    # Else both would add up squares in another order.
+    monkeypatch.setattr(ranks, "total_norm", lambda grads: torch.tensor(2.0))
     plain, (ours, optimizers) = pair()
     expected, state = trained(*plain, rounding=True), trained(ours, optimizers)
     assert state.keys() == expected.keys()
@@ -117,6 +117,7 @@ def leaves(tree):
 
 def test_a_resume_is_bit_exact_and_a_run_without_masters_goes_on_with_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # it takes longer than the training
     (tmp_path / "text.txt").write_text(make_text(), encoding="utf-8")
     flags = ["--data", "text.txt", *TINY, "--dtype", "bf16", "--steps", "12", "--muon_ffn"]
     for name, on in (("run", True), ("plain", False)):
