@@ -110,7 +110,7 @@ def read(
     """
     if name in DRAWN:
         return read_drawn(name, train_bytes)
-    is_one = name and os.path.exists(find_path(name))  # it may be too long for a path
+    is_one = name and os.path.exists(find_path(name))  # Path.exists raises at many names
     parts = [name] if is_one else [part.strip() for part in name.split(",")]
     if drawn := [part for part in dict.fromkeys(parts) if part in DRAWN]:
         others = ",".join(part for part in parts if part not in DRAWN)
@@ -138,8 +138,8 @@ def read(
     def pieces_and_notes(note):
         yield from pieces(note)
         for part, found in zip(parts, members(), strict=True):
-            if line := formats.left_out(find_path(part), found):
-                note(line)
+            if files := formats.left_out(find_path(part), found):
+                note(f"{find_path(part)}: left out: {files}")
 
     packed = any(file.lower().endswith((".zip", ".parquet", *PACKED)) for file, *_ in files)
     total = 0 if packed else sum(size for _, size, *_ in files)
@@ -195,8 +195,7 @@ def find(name: str, suffix: str = "", progress=None) -> list[formats.Member]:
     members = formats.find(path, suffix, progress)
     if not members:
         remedy = f"fetch it: python data/datasets.py {name}" if known else "name another"
-        has = formats.left_out(path, []).partition(": left out: ")[2]
-        but = f", but {has}" if has else ""
+        but = f", but {has}" if (has := formats.left_out(path, [])) else ""
         raise ValueError(f"{path} holds no file of UTF-8 text{but}; put text there, or {remedy}")
     return members
 
@@ -226,8 +225,14 @@ def documents_table(pieces, key, progress=None, total: int = 0) -> Table:
         for module in (formats, rows, unpack, sys.modules[__name__])
     ]
     path = CACHE / f"table-{hashlib.sha256(repr((code, key)).encode()).hexdigest()[:16]}.npz"
-    none = OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile  # there, or damaged
-    with contextlib.suppress(*none), np.load(path) as saved:
+    unreadable = (
+        OSError,
+        ValueError,
+        LookupError,
+        EOFError,
+        zipfile.BadZipFile,
+    )  # not there, damaged
+    with contextlib.suppress(*unreadable), np.load(path) as saved:
         return Table(*(saved[field] for field in ARRAYS), *json.loads(str(saved["words"])))
     table = scan(pieces, progress, total)
     CACHE.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data.rows import LONGEST_LINE, TABLES, few, read_rows
+from data.rows import LONGEST_LINE, TABLES, TALKS, TEXT_ALONE, few, read_rows
 from data.unpack import PACKED, unpacked
 
 SEPARATOR = "<|endoftext|>"  # a line of its own in files, a token for the model
@@ -175,7 +175,7 @@ def is_text(member: Member, file) -> bool:
 
 
 def left_out(path: Path, members: list[Member]) -> str:
-    """What of a folder is not read, "left out: 3 .png (image)"; of a known set nothing."""
+    """What of a folder is not read, as "3 .png (image)"; of a known set nothing."""
     if not path.is_dir() or any(m.source in CATEGORIES or WIKI.search(m.name) for m in members):
         return ""
     kept = {m.path for m in members}
@@ -187,8 +187,7 @@ def left_out(path: Path, members: list[Member]) -> str:
         else:
             suffixes["link(s) to folders (name those: A,B)"] += p.is_symlink() and p.is_dir()
             suffixes["closed folder(s)"] += p.is_dir() and not os.access(p, os.R_OK | os.X_OK)
-    suffixes = +suffixes
-    return f"{path}: left out: {', '.join(some_of(suffixes))}" if suffixes else ""
+    return ", ".join(some_of(+suffixes))  # +: without those of which there are 0
 
 
 def some_of(suffixes: Counter) -> list[str]:
@@ -439,8 +438,7 @@ SPEAKERS = ("player", "speaker", "character")
 LINES = ("playerline", "textentry", "dialogue", "dialog", "quote", "speech", "line", "text")
 PLAYS = ("play", "playname", "movie", "film", "movietitle", "title", "episode")
 PLACES = ("actsceneline", "linenumber")  # "1.2.77": act, scene, line; empty: nobody speaks
-TEXTS = ("text", "content", "body", "article", "story", "document", "messages", "conversations")
-TEXTS += ("review", "description")
+TEXTS = (*TEXT_ALONE, *TALKS, "review", "description")
 # What is asked and what is answered, in reading order: a row with both is like messages.
 ASKED = ("system", "systemprompt", "instruction", "context", "prompt", "question", "query")
 ASKED += ("problem", "input", "inputs")
@@ -494,8 +492,8 @@ def table(rows, name: str, text_column: str, note, is_table=True):
     chosen, is_named = guess(header, first)
     if not is_table and kind(name) == ".json" and not (is_named and len(first) > 1):
         raise ValueError(f"{name} has no rows with a text")
-    names = " and ".join(map(repr, chosen))
-    note(f"{name}: text is column {names} (another: --text_column)")
+    some = f"column{'s' * (len(chosen) > 1)} {' and '.join(map(repr, chosen))}"
+    note(f"{name}: text is {some} (another: --text_column)")
     return texts_of(rows, chosen, name, note)
 
 

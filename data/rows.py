@@ -11,6 +11,9 @@ TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 BLOCK = 1 << 20  # of a Parquet file, read at a time [bytes]
 LONGEST_LINE = 1 << 26  # of a csv or jsonl, or a row of a json [characters]
 csv.field_size_limit(LONGEST_LINE)
+# Columns that hold a text; an object that has one is a row, and no table.
+TEXT_ALONE = ("text", "content", "body", "article", "story", "document")
+TALKS = ("messages", "conversations")
 white_space = re.compile(r"\s*")
 
 
@@ -19,8 +22,8 @@ def read_rows(suffix: str, content, name: str):
 
     content: blocks of text; of Parquet the open file. name: for a message of what is wrong with it.
     """
-    readers = {".jsonl": jsonl_rows, ".json": json_rows, ".parquet": parquet_rows}
-    readers[".ndjson"] = jsonl_rows
+    readers = dict.fromkeys((".jsonl", ".ndjson"), jsonl_rows)
+    readers |= {".json": json_rows, ".parquet": parquet_rows}
     try:
         yield from readers.get(suffix, csv_rows)(content, name)
     except RecursionError:
@@ -115,7 +118,7 @@ def is_unquoted(lines, delimiter: str) -> bool:
 
 
 def is_row(header) -> bool:
-    """Whether names of columns are none: one is long, or some, but not all, are numbers."""
+    """Whether what should be names of columns is a row: one is long, or some, not all, are numbers."""
     numbers = {bool(re.fullmatch(r"-?\d+(\.\d+)?", name)) for name in header if name}
     years = any(re.fullmatch(r"(19|20)\d\d", name) for name in header)
     return len(numbers) == 2 and not years or len(max(header, key=len, default="")) > 60
@@ -208,14 +211,14 @@ def rows_in(row: dict):
     """
     arrays = {k: v for k, v in row.items() if isinstance(v, list) and are_rows(v)}
     objects = [v for v in row.values() if isinstance(v, dict)]
-    if any(isinstance(row.get(name), str) and row[name].strip() for name in OWN):
+    if any(isinstance(row.get(name), str) and row[name].strip() for name in TEXT_ALONE):
         return [row]
-    if any(is_talk(row.get(name)) for name in ("messages", "conversations")):
+    if any(is_talk(row.get(name)) for name in TALKS):
         return [row]
     if arrays:
-        kinds = {name: [isinstance(v, dict) for v in values[:1]] for name, values in arrays.items()}
-        best = max(arrays, key=lambda k: (k in ("rows", "data"), kinds[k], n_chars(arrays[k])))
-        if any(kinds[best]):
+        dicts = {k for k, v in arrays.items() if v and isinstance(v[0], dict)}
+        best = max(arrays, key=lambda k: (k in ("rows", "data"), k in dicts, n_chars(arrays[k])))
+        if best in dicts:
             return rows_beside(row, arrays[best][0])
         if best in ("rows", "data") or 2 * n_chars(arrays[best]) >= n_chars(row):
             return arrays[best]
@@ -359,7 +362,6 @@ def flat_row(row, where: str) -> dict:
 
 
 ROLES, SAYINGS = ("role", "from", "speaker"), ("content", "value", "text")
-OWN = ("text", "content", "body", "article", "story", "document")  # what has one is no table
 
 
 def is_talk(parts) -> bool:

@@ -659,7 +659,7 @@ def test_of_a_folder_a_line_tells_what_was_left_out_and_what_to_do():
     members = formats.find(Path("mine"))
     assert [member.name for member in members] == ["a.txt"]
     assert formats.left_out(Path("mine"), members) == (
-        "mine: left out: 3 .png (image), 2 .docx (Word: save as text), "
+        "3 .png (image), 2 .docx (Word: save as text), "
         "1 .epub (e-book: pandoc -t plain FILE), 1 .pdf (PDF: pdftotext FILE), "
         "1 .pptx (PowerPoint: save as text), 1 .xlsx (Excel: save as .csv)"
     )
@@ -758,7 +758,7 @@ def test_links_to_folders_are_told_and_never_walked_in_circles():
     members = formats.find(Path("mine"))
     assert [member.name for member in members] == ["a.txt", "b.txt"]
     left = formats.left_out(Path("mine"), members)
-    assert left == "mine: left out: 2 link(s) to folders (name those: A,B)"
+    assert left == "2 link(s) to folders (name those: A,B)"
 
 
 def test_of_a_data_set_saved_by_the_hub_settings_are_no_rows():
@@ -910,9 +910,7 @@ def test_a_set_cloned_from_a_hub_trains_on_its_rows():
     for name, content in clone.items():
         write(Path("hub") / name, content)
     assert texts("hub") == [row["text"] for row in ROWS]
-    assert formats.left_out(Path("hub"), formats.find(Path("hub"))) == (
-        "hub: left out: 1 .json, 1 .md, 1 .py"
-    )
+    assert formats.left_out(Path("hub"), formats.find(Path("hub"))) == ("1 .json, 1 .md, 1 .py")
     write("hub/README.md", "# my notes")  # of a person, not of a hub: code beside it is text
     assert len(texts("hub")) == len(ROWS) + 1
     write("repository/README.md", "# my notes")

@@ -258,11 +258,14 @@ def test_plot_averages_seeds_and_names_runs_by_what_differs(pyplot):
     assert figure.axes[0].lines[-1].get_label().startswith("runs/a0: ")
 
 
-def test_a_run_named_twice_is_no_second_seed_and_an_empty_flag_is_none(pyplot):
+def test_a_run_named_twice_or_made_longer_is_no_second_seed_and_an_empty_flag_is_none(pyplot):
     start("a", "--steps 2")
     flags = ["--init", "a/best.pt", "--device", "cpu", "--dtype", "fp32", "--steps", 2]
     assert call(train, "--data", "text.txt", *flags, "--out", "b") == 0
-    figure = figure_of(pyplot, lambda: call(train, "--plot", "a", "a/", "b", "--out", "all"))
+    start("longer", "--steps 2")
+    assert call(train, "--resume", "--out", "longer", "--steps", 9) == 0
+    runs = ["a", "a/", "b", "longer"]
+    figure = figure_of(pyplot, lambda: call(train, "--plot", *runs, "--out", "all"))
     labels = [line.get_label() for line in figure.axes[0].lines]
     assert not [label for label in labels if "seeds" in label]
     assert [label for label in labels if "init none" in label and "tokenizer bytes" in label]

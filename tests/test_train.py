@@ -384,8 +384,9 @@ def test_the_command_that_trains_longer_goes_on_after_a_stop(flags, capsys):
     assert start("resumed", "--steps 4", flags) == 0
     with at_training_step(1, press_ctrl_c):
         assert resume("resumed", "--steps 8") == 130
-    for steps in (5, 7):
+    for steps in (4, 5, 7):
         assert resume("resumed", "--steps", steps) == 2
+        assert f"--steps {steps} differs from the run's 8" in capsys.readouterr().err
     assert resume("resumed", "--data text.txt", *TINY, "--steps 8", flags) == 0
     assert resume("resumed", "--steps 8") == 0
     assert "it is finished" in capsys.readouterr().out

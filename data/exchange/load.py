@@ -50,10 +50,11 @@ def load_folder(folder: Path, device: str, dtype: torch.dtype | None):
     """`load` for a Hugging Face folder. One tensor at a time is in memory besides the model."""
     is_run = (folder / "log.csv").exists()  # beside it is another config.json
     if is_run or not (folder / "config.json").exists():
-        reason = "not a readable checkpoint, nor a Hugging Face folder: it has no config.json"
-        reason = "the folder of a run, not a checkpoint" if is_run else reason
+        reason = "neither a readable checkpoint nor a Hugging Face folder: it has no config.json"
         remedy = f"name a .pt file, such as {folder}/best.pt"
-        if (folder / "params.json").exists():
+        if is_run:
+            reason = "the folder of a run, not a checkpoint"
+        elif (folder / "params.json").exists():
             reason, script = "in Meta's own layout", "models.llama.convert_llama_weights_to_hf"
             remedy = f"convert it (transformers 4): python -m transformers.{script}"
             remedy += f" --input_dir {folder} --output_dir NEW_FOLDER"

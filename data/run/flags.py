@@ -84,7 +84,7 @@ def first_line(error: BaseException) -> str:
 
 
 def quoted(path) -> str:
-    """A path as a command line needs it."""
+    """A path as a command line needs it, of Windows too: shlex.quote's ' are none there."""
     return f'"{path}"' if " " in f"{path}" else f"{path}"
 
 

@@ -111,11 +111,10 @@ def summarize(run, evaluate) -> None:
 
 def summarize_again(run, evaluate) -> None:
     """Of a run that was finished already: it may have ended before it could print this."""
-    best, router = run.folder / "best.pt", run.model.config.router
-    again = f"--model {run_and_router(best, router)}"
-    print_line(f"           it is finished; try: python sample.py {again}")
-    again = f"--out {run_and_router(run.folder, router)} --steps {2 * run.settings.steps}"
-    print_line(f"           or train on: python train.py --resume {again}")
+    best, steps = run.folder / "best.pt", 2 * run.settings.steps
+    model, out = (run_and_router(path, run.model.config.router) for path in (best, run.folder))
+    print_line(f"           it is finished; try: python sample.py --model {model}")
+    print_line(f"           or train on: python train.py --resume --out {out} --steps {steps}")
     if ranks.RANK == 0 and best.exists():
         summarize(run, evaluate)
 

@@ -158,7 +158,8 @@ def read_run(folder: str) -> LoggedRun:
     try:
         saved = checkpoint.read(Path(folder) / "best.pt")
         settings = {**saved["train_config"], **saved["config"]}
-        given = {name: value for name, value in saved["given"].items() if name != "seed"}
+        given = {**saved["given"], "steps": settings["steps"]}  # it may have been made longer
+        given.pop("seed", None)
         return LoggedRun(folder, given, settings, saved.get("floor"), rows)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # gone, or not of a run
         return LoggedRun(folder, {"run": folder}, {}, None, rows)

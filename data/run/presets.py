@@ -206,9 +206,10 @@ def resumed_config(train_config, schedule, flags: dict, saved: dict):
     """
     settings, config = train_config(**saved["train_config"]), lamoe.Config(**saved["config"])
     known = {**dataclasses.asdict(config), **dataclasses.asdict(settings), **saved["given"]}
+    known["steps"] = settings.steps  # it may have been made longer since
     steps, done = flags.get("steps", settings.steps), saved["done"]["step"]
     for name, value in flags.items():
-        is_free = name in PLACES or (name == "steps" and value >= settings.steps)
+        is_free = name in PLACES or (name == "steps" and value > settings.steps)
         if not is_free and value != known[name]:
             raise ValueError(
                 f"--{name} {value} differs from the run's {known[name]}; leave it out to "

@@ -55,14 +55,15 @@ def router_name(text: str) -> str:
 def check_class(router) -> None:
     """TypeError unless lamoe.py can make and call it."""
     if not (isinstance(router, type) and issubclass(router, lamoe.Router)):
-        raise TypeError(f"{router!r:.60} is no class derived from lamoe.Router")
+        what = getattr(router, "__name__", repr(router))
+        raise TypeError(f"{what:.60} is no class derived from lamoe.Router")
     for function, arguments in (
         (router, "c"),
         (router.n_active, "c"),
-        (router.forward, "self x ids"),
+        (router.forward, "self, x_BTD, ids_BT"),
     ):
         try:
-            inspect.signature(function).bind(*arguments.split())
+            inspect.signature(function).bind(*arguments.split(", "))
         except TypeError as error:
             name = getattr(function, "__qualname__", f"n_active = {function!r:.40}")
             raise TypeError(f"{name} can't be called with ({arguments}): {error}") from None
@@ -116,8 +117,8 @@ def mistake_in(routing, N: int, E: int) -> str:
 
 
 def with_built_in(c: lamoe.Config) -> lamoe.Config:
-    """The same with a router of lamoe.py: code of one's own may not run where there is no memory,
-    and what it keeps of its first parameters should be real ones.
+    """The same with a router of lamoe.py, where shapes alone are wanted: without memory one's own
+    may fail, or keep its first parameters for all layers, which should be real ones.
     """
     if c.router in BUILT_IN or c.n_experts == 1:
         return c
@@ -125,9 +126,9 @@ def with_built_in(c: lamoe.Config) -> lamoe.Config:
     return dataclasses.replace(c, router="topk", top_k=k, n_groups=1, top_groups=1)
 
 
-def run_and_router(folder, name: str) -> str:
-    """A run's folder and, if its router is one's own, the flag that names its file."""
-    return quoted(folder) + (f" --router {quoted(FILES[name])}" if name in FILES else "")
+def run_and_router(path, name: str) -> str:
+    """A run's folder or checkpoint as commands name it, with --router if that is one's own."""
+    return quoted(path) + (f" --router {quoted(FILES[name])}" if name in FILES else "")
 
 
 class RouterNeeded(ValueError):
