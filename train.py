@@ -145,8 +145,8 @@ class Data(typing.NamedTuple):
 
 def load_data(settings: TrainConfig, config: lamoe.Config, corpus, tokenizer=None) -> Data:
     """Text -> tokenizer, unless there is one -> ids on disk -> windows -> batches."""
-    size, length = f"{corpus.train.n_bytes / 1e6:.1f} MB to train on", config.seq_len
-    print_line(f"data       {settings.data}: {corpus.how}; {size}")
+    size, length = messages.megabytes(corpus.train.n_bytes), config.seq_len
+    print_line(f"data       {settings.data}: {corpus.how}; {size} to train on")
     if tokenizer is None:
         tokenizer = tokens.make_tokenizer(settings.tokenizer, config.vocab_size, corpus)
     train_ids, val_ids = tokens.encode_corpus(corpus, tokenizer, length, settings.data)

@@ -85,7 +85,7 @@ def in_three(x: Tensor) -> list[Tensor]:
 
 
 def logits(router: lamoe.Router, x_BTD: Tensor, weight_ED: Tensor | None = None) -> Tensor:
-    """lamoe.Router.logits."""
+    """What lamoe.Router.logits returns."""
     weight_ED = router.weight if weight_ED is None else weight_ED
     if not (x_BTD.is_cuda and x_BTD.dtype == torch.bfloat16 and weight_ED.dtype == torch.float32):
         return plain_logits(router, x_BTD, weight_ED)

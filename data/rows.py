@@ -118,7 +118,7 @@ def is_unquoted(lines, delimiter: str) -> bool:
 
 
 def is_row(header) -> bool:
-    """Whether what should be names of columns is a row: one is long, or some, not all, are numbers."""
+    """Whether a first row can't be names of columns: one is long, or some, not all, are numbers."""
     numbers = {bool(re.fullmatch(r"-?\d+(\.\d+)?", name)) for name in header if name}
     years = any(re.fullmatch(r"(19|20)\d\d", name) for name in header)
     return len(numbers) == 2 and not years or len(max(header, key=len, default="")) > 60
@@ -211,9 +211,8 @@ def rows_in(row: dict):
     """
     arrays = {k: v for k, v in row.items() if isinstance(v, list) and are_rows(v)}
     objects = [v for v in row.values() if isinstance(v, dict)]
-    if any(isinstance(row.get(name), str) and row[name].strip() for name in TEXT_ALONE):
-        return [row]
-    if any(is_talk(row.get(name)) for name in TALKS):
+    has_text = any(isinstance(row.get(name), str) and row[name].strip() for name in TEXT_ALONE)
+    if has_text or any(is_talk(row.get(name)) for name in TALKS):
         return [row]
     if arrays:
         dicts = {k for k, v in arrays.items() if v and isinstance(v[0], dict)}

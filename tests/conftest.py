@@ -5,6 +5,7 @@ tests carry `@pytest.mark.oracle`. Without the package they are skipped with one
 to install it; with LAMOE_REQUIRE_ORACLES=1 (as in .ci/run) a missing oracle is a failure.
 """
 
+import contextlib
 import importlib
 import os
 import sys
@@ -94,15 +95,19 @@ def cache(tmp_path_factory, monkeypatch):
     return folder
 
 
+@contextlib.contextmanager
+def no_router_stays():
+    """What the file of a router of one's own leaves behind is gone afterwards."""
+    with contextlib.ExitStack() as stack:
+        for known in (lamoe.ROUTERS, routers.FILES, routers.OWN_CODE):
+            stack.enter_context(mock.patch.dict(known))
+        stack.enter_context(mock.patch.object(sys, "path", [*sys.path]))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def no_router_stays(monkeypatch):
-    """What the file of a router of one's own leaves behind is gone after the test."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    with (
-        mock.patch.dict(lamoe.ROUTERS),
-        mock.patch.dict(routers.FILES),
-        mock.patch.dict(routers.OWN_CODE),
-    ):
+def no_router_of_another_test():
+    with no_router_stays():
         yield
 
 

@@ -265,17 +265,17 @@ def main() -> None:
     parser = OneLineParser("tests/results.py", description=about, allow_abbrev=False)
     cases = {"default": default, "sparse": timed, "routers": routers, "facts": timed}
     parser.add_argument("case", nargs="?", choices=[*cases, "speed"])
-    count, seed = (number(int, lambda n, m=m: n >= m, f"{m} or more") for m in (1, 0))
+    from_1, from_0 = (number(int, lambda n, m=m: n >= m, f"{m} or more") for m in (1, 0))
     minutes = number(float, lambda m: 0 < m < 1e6, "above 0")
-    parser.add_argument("--seeds", type=count, default=0, help="how many (5; default: 1)")
-    parser.add_argument("--only", type=seed, help="the runs of this seed alone, and no picture")
+    parser.add_argument("--seeds", type=from_1, default=0, help="how many (5; default: 1)")
+    parser.add_argument("--only", type=from_0, help="the runs of this seed alone, and no picture")
     parser.add_argument("--minutes", type=minutes, default=5, help="for each run of facts, sparse")
     parser.add_argument("--sparse_minutes", type=minutes, nargs="+", help="for the sparse runs")
     for side in ("dense", "sparse"):
         parser.add_argument(f"--{side}", default="", help=f'"FLAGS" of the {side} side alone')
     parser.add_argument("--data", help="a text, for sparse and routers")
-    parser.add_argument("--rounds", type=seed, default=7, help="of the time of a step, for routers")
-    parser.add_argument("--speed_steps", type=count, default=100, help="of a run to measure speed")
+    parser.add_argument("--rounds", type=from_0, default=7, help="of the timing, for routers")
+    parser.add_argument("--speed_steps", type=from_1, default=100, help="of a run to measure speed")
     parser.add_argument("--out", type=Path, help="folder of the runs (runs/NAME)")
     args, given = parser.parse_known_args()
     if not args.case:

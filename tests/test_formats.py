@@ -311,7 +311,9 @@ def test_the_column_that_is_guessed_is_prose_or_what_is_asked_and_answered(row, 
     assert texts("a.jsonl") == [found or squad]
 
 
-def test_several_columns_may_be_named():
+def test_several_columns_may_be_named_and_are_told():
+    write("a.jsonl", '{"prompt": "p", "answer": "a"}')
+    assert "a.jsonl: text is columns 'prompt' and 'answer' (another" in read("a.jsonl")[1][0]
     write("a.csv", "a,b,c\n1,x,y\n2,,z\n")
     assert texts("a.csv", "c,b") == ["c:\ny\n\nb:\nx", "c:\nz"]
     with pytest.raises(ValueError, match="no column 'd'; it has: a, b, c"):

@@ -31,7 +31,7 @@ CAUSAL = ["hash_router", "top_p"]
 
 
 @pytest.fixture(autouse=True)
-def as_it_was(tmp_path, monkeypatch):
+def text_folder(tmp_path, monkeypatch):
     """In an empty folder with a text."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # it takes longer than the training

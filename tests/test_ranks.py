@@ -4,20 +4,18 @@ gloo and two processes on a CPU. "One" is a single process with the same flags: 
 of all ranks together.
 """
 
-import contextlib
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
+from conftest import no_router_stays
 from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c, rows_of
 
-import lamoe
 import train
 from data import exchange
-from data.run import checkpoint, ranks, routers
+from data.run import checkpoint, ranks
 
 ROOT = Path(__file__).parents[1]
 CASES = {  # flags beyond the common ones
@@ -71,14 +69,7 @@ def runs(tmp_path_factory):
     lines = [f"0 {' '.join(COMMON)} {flags} --out {name}-2" for name, flags in CASES.items()]
     for name in ("topk", "topk-fsdp"):  # to be resumed by one process
         lines.append(f"8 {' '.join(COMMON)} {CASES[name]} --out {name}-then-1")
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        for known in (
-            lamoe.ROUTERS,
-            routers.FILES,
-            routers.OWN_CODE,
-        ):  # what own.py adds is gone afterwards
-            stack.enter_context(mock.patch.dict(known))
-        patch.setattr(sys, "path", [*sys.path])
+    with pytest.MonkeyPatch.context() as patch, no_router_stays():
         patch.chdir(folder)
         patch.setitem(sys.modules, "matplotlib", None)  # no pictures
         for name, flags in CASES.items():

@@ -26,7 +26,7 @@ on_a_gpu = as_on_a_gpu  # the fixture
 
 
 @pytest.fixture(autouse=True)
-def as_it_was(tmp_path, monkeypatch):
+def text_folder(tmp_path, monkeypatch):
     """In an empty folder with a text."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

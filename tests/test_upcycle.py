@@ -20,7 +20,7 @@ RUN = "--data text.txt --steps 4 --batch_size 2 --seq_len 16 --dtype fp32 --devi
 
 
 @pytest.fixture(autouse=True)
-def as_it_was(tmp_path, monkeypatch):
+def text_folder(tmp_path, monkeypatch):
     """An empty folder with a text."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -42,14 +42,13 @@ def introduce(run) -> None:
         )
         print_line("           router nothing; try --router switch, or --top_k 2")
     on = "attention and experts" if settings.muon_ffn else "attention"
-    corpus, size = data.corpus, n_bytes / 1e6
+    corpus = data.corpus
     kind = "partly generated" if corpus.floors else "real" if corpus.floor is None else "generated"
-    size = f"{size:.1f}" if size >= 1 else f"{size:.2g}"
     times = settings.steps * settings.grad_accum * tokens / n
     kind = f"{settings.init}, now on {kind}" if settings.init else kind
     frozen = ", routers frozen" if settings.freeze_router else ""
     print_line(
-        f"recipe     for {kind} text of {size} MB, read {times:.2g} times: Muon "
+        f"recipe     for {kind} text of {megabytes(n_bytes)}, read {times:.2g} times: Muon "
         f"{settings.muon_lr:g} on {on}, AdamW {settings.lr:g}, decay {settings.weight_decay:g}"
         f"{frozen}"
     )
@@ -57,6 +56,11 @@ def introduce(run) -> None:
     print_line(f"run        {run.folder}: {files}; Ctrl-C saves, --resume goes on")
     loss = f"ln({c.vocab_size}) = {math.log(c.vocab_size):.2f}"
     print_line(f"           a model that knows nothing has loss {loss}")
+
+
+def megabytes(n_bytes: int) -> str:
+    size = n_bytes / 1e6
+    return f"{size:.1f} MB" if size >= 1 else f"{size:.2g} MB"
 
 
 def not_finite(step: int, run) -> ValueError:
