@@ -403,8 +403,8 @@ def main():
     parser.error = fail  # one line, instead of the usage and then the error
     args = parser.parse_args()
     folder, out = os.path.dirname(args.out or "") or ".", os.path.realpath(args.out or "")
-    is_other = os.path.exists(out) > os.path.isfile(out) or out == os.path.realpath(args.file)
-    if args.out and (is_other or not os.access(folder, os.W_OK)):
+    is_taken = out == os.path.realpath(args.file) or os.path.exists(out) and not os.path.isfile(out)
+    if args.out and (is_taken or not os.access(folder, os.W_OK)):
         fail(f"--out {args.out}: cannot write there; name a file in an existing folder of yours")
     try:
         documents = read_documents(args.file)

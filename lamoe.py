@@ -904,9 +904,9 @@ def generate(
     n_new = min(max_new_tokens, c.seq_len - T)
     length = min(c.seq_len, -(-(T + max(0, n_new)) // 256) * 256)  # few: kernels are made for each
     step = Step(model, B, length, (temperature, top_k, top_p, min_p), repetition_penalty, stop)
-    # A loop over experts asks the GPU for numbers; so does torch's grouped product before Hopper,
+    # What asks the GPU for numbers: a loop over experts, products before Hopper, maybe own routers.
     old = is_cuda and torch.cuda.get_device_capability(ids_BT.device) < (9, 0)
-    own = is_cuda and ROUTERS[c.router].__module__ != __name__  # and so may a router of your own.
+    own = is_cuda and ROUTERS[c.router].__module__ != __name__
     asks = model.sparse_layers and (own or step.moe is plain_moe or step.moe is sorted_moe and old)
     graph = is_cuda and n_new >= 64 and not asks if graph is None else graph
     if compile and (graph or not (is_cuda or asks)):

@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     few = number(int, lambda n: 0 < n <= 1024, "above 0 and at most 1024")
     add("-n", type=few, default=1, help="how many continuations, generated as one batch")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--compile", action="store_true", help="write code for it; by itself for long texts")
+    add("--compile", action="store_true", help="write code for it first; unasked for long texts")
     add("--show_experts", action="store_true", help="which expert each token went to")
     add("--text", metavar="FILE", action="append", default=[], help="only show a text's experts")
     layer = number(int, lambda n: n >= 0, "0 or more")

@@ -99,7 +99,8 @@ def build(checkpoint: dict, path):
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         if router in FILES:  # perhaps it is another one's file
-            raise RouterNeeded(f"{path} does not fit {FILES[router]}: {reason}") from None
+            remedy = "name the file that it was trained with"
+            raise RouterNeeded(f"{path} does not fit {FILES[router]}, {remedy}: {reason}") from None
         raise ValueError(f"{path} does not fit this version of LaMoE: {reason}") from None
     state = checkpoint.get("tokenizer")
     try:

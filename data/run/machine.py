@@ -110,6 +110,11 @@ def compile_blocks(model: lamoe.LaMoE) -> None:
     model.predict = torch.compile(model.predict, fullgraph=True, dynamic=False)
 
 
+def undo_compiling(model: lamoe.LaMoE) -> None:
+    for module, name in (*((block, "forward") for block in model.blocks), (model, "predict")):
+        delattr(module, name)  # the class has it
+
+
 def has_compiler(device: str) -> bool:
     """Whether torch.compile finds what it needs; a line says so if not."""
     try:
@@ -119,11 +124,6 @@ def has_compiler(device: str) -> bool:
         why = f"there is no compiler here ({first_line(error)})"
         print(f"           {why}: going on without", file=sys.stderr)
         return False
-
-
-def undo_compiling(model: lamoe.LaMoE) -> None:
-    for module, name in (*((block, "forward") for block in model.blocks), (model, "predict")):
-        delattr(module, name)  # the class has it
 
 
 def compile_model(run) -> bool:
@@ -153,7 +153,9 @@ def compile_model(run) -> bool:
             if run.model.config.router in BUILT_IN:
                 raise
             undo_compiling(run.model)
-            print_line(f"compile    your router can't be ({first_line(error)}): going on without")
+            print_line(
+                f"compile    your router can't be compiled: {first_line(error)}; going on without"
+            )
             return False
     for weight in run.model.parameters():
         weight.grad = None

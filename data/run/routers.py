@@ -48,7 +48,7 @@ def router_name(text: str) -> str:
         place = place_in(OWN_CODE, error) or f"{text}: "
         raise argparse.ArgumentTypeError(f"{place}{kind_and_reason(error)}") from None
     router = lamoe.ROUTERS[new[0]]
-    router.forward, FILES[new[0]] = looked_at(router.forward, text), text
+    router.forward, FILES[new[0]] = checked(router.forward, text), text
     return new[0]
 
 
@@ -69,15 +69,15 @@ def check_class(router) -> None:
             raise TypeError(f"{name} can't be called with ({arguments}): {error}") from None
 
 
-def looked_at(forward, file: str):
-    """A router's forward, whose first result in training and in evaluation is looked at.
+def checked(forward, file: str):
+    """A router's forward that checks its first result in training, and the first in evaluation.
 
     What is wrong with it would show far from here, or on a GPU alone, as rubbish.
     """
     seen = set()
 
     @functools.wraps(forward)
-    def look(self, x_BTD, ids_BT=None):
+    def check(self, x_BTD, ids_BT=None):
         routing = forward(self, x_BTD, ids_BT)
         if not torch.compiler.is_compiling() and self.training not in seen:
             seen.add(self.training)
@@ -85,7 +85,7 @@ def looked_at(forward, file: str):
                 raise ValueError(f"{file}: {wrong}")
         return routing
 
-    return look
+    return check
 
 
 def mistake_in(routing, N: int, E: int) -> str:
