@@ -145,7 +145,7 @@ class Data(typing.NamedTuple):
 
 def load_data(settings: TrainConfig, config: lamoe.Config, corpus, tokenizer=None) -> Data:
     """Text -> tokenizer, unless there is one -> ids on disk -> windows -> batches."""
-    size, length = messages.megabytes(corpus.train.n_bytes), config.seq_len
+    size, length = messages.size_of(corpus.train.n_bytes), config.seq_len
     print_line(f"data       {settings.data}: {corpus.how}; {size} to train on")
     if tokenizer is None:
         tokenizer = tokens.make_tokenizer(settings.tokenizer, config.vocab_size, corpus)

@@ -138,8 +138,8 @@ def read(
     def pieces_and_notes(note):
         yield from pieces(note)
         for part, found in zip(parts, members(), strict=True):
-            if files := formats.left_out(find_path(part), found):
-                note(f"{find_path(part)}: left out: {files}")
+            if what := formats.left_out(find_path(part), found):
+                note(f"{find_path(part)}: left out: {what}")
 
     packed = any(file.lower().endswith((".zip", ".parquet", *PACKED)) for file, *_ in files)
     total = 0 if packed else sum(size for _, size, *_ in files)
@@ -225,14 +225,8 @@ def documents_table(pieces, key, progress=None, total: int = 0) -> Table:
         for module in (formats, rows, unpack, sys.modules[__name__])
     ]
     path = CACHE / f"table-{hashlib.sha256(repr((code, key)).encode()).hexdigest()[:16]}.npz"
-    unreadable = (
-        OSError,
-        ValueError,
-        LookupError,
-        EOFError,
-        zipfile.BadZipFile,
-    )  # not there, damaged
-    with contextlib.suppress(*unreadable), np.load(path) as saved:
+    damaged = ValueError, LookupError, EOFError, zipfile.BadZipFile
+    with contextlib.suppress(OSError, *damaged), np.load(path) as saved:
         return Table(*(saved[field] for field in ARRAYS), *json.loads(str(saved["words"])))
     table = scan(pieces, progress, total)
     CACHE.mkdir(parents=True, exist_ok=True)

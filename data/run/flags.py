@@ -91,11 +91,11 @@ def quoted(path) -> str:
 OWN_CODE: dict[str, str] = {}  # files of a router of one's own: absolute -> as it was named
 
 
-def place_in(files: dict[str, str], error: BaseException) -> str:
-    """The last line of one of these files that led to an error: "mine.py, line 7: ", or ""."""
+def place_in_own_code(error: BaseException) -> str:
+    """The last line of OWN_CODE that led to an error: "mine.py, line 7: ", or ""."""
     trace, place = error.__traceback__, ""
     while trace:
-        if file := files.get(trace.tb_frame.f_code.co_filename):
+        if file := OWN_CODE.get(trace.tb_frame.f_code.co_filename):
             place = f"{file}, line {trace.tb_lineno}: "
         trace = trace.tb_next
     return place
@@ -111,8 +111,9 @@ def one_line_errors(
 ):
     """A block of main(): what goes wrong in it ends the program with one line, not a traceback.
 
-    Exit code 2 for a mistake or a file that can't be read or written, 130 for Ctrl-C. `hint` may
-    add a remedy to an error's line; quiet: another process prints it.
+    That is `errors`, and any other where there is code of one's own, whose file is then named. Exit
+    code 2 for a mistake or a file that can't be read or written, 130 for Ctrl-C. `hint` may add a
+    remedy to an error's line; quiet: another process prints it.
     """
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
@@ -122,7 +123,7 @@ def one_line_errors(
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        place, is_told = place_in(OWN_CODE, error), isinstance(error, errors)
+        place, is_told = place_in_own_code(error), isinstance(error, errors)
         if not (is_told or OWN_CODE):
             raise
         place = place if place or is_told else f"{[*OWN_CODE.values()][-1]}: "  # in backward, say

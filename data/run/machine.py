@@ -153,9 +153,8 @@ def compile_model(run) -> bool:
             if run.model.config.router in BUILT_IN:
                 raise
             undo_compiling(run.model)
-            print_line(
-                f"compile    your router can't be compiled: {first_line(error)}; going on without"
-            )
+            why = f"your router can't be compiled: {first_line(error)}"
+            print_line(f"compile    {why}; going on without")
             return False
     for weight in run.model.parameters():
         weight.grad = None

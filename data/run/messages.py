@@ -48,7 +48,7 @@ def introduce(run) -> None:
     kind = f"{settings.init}, now on {kind}" if settings.init else kind
     frozen = ", routers frozen" if settings.freeze_router else ""
     print_line(
-        f"recipe     for {kind} text of {megabytes(n_bytes)}, read {times:.2g} times: Muon "
+        f"recipe     for {kind} text of {size_of(n_bytes)}, read {times:.2g} times: Muon "
         f"{settings.muon_lr:g} on {on}, AdamW {settings.lr:g}, decay {settings.weight_decay:g}"
         f"{frozen}"
     )
@@ -58,9 +58,8 @@ def introduce(run) -> None:
     print_line(f"           a model that knows nothing has loss {loss}")
 
 
-def megabytes(n_bytes: int) -> str:
-    size = n_bytes / 1e6
-    return f"{size:.1f} MB" if size >= 1 else f"{size:.2g} MB"
+def size_of(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:.1f} kB"
 
 
 def not_finite(step: int, run) -> ValueError:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import lamoe
-from data.run.flags import OWN_CODE, kind_and_reason, place_in, quoted
+from data.run.flags import OWN_CODE, kind_and_reason, place_in_own_code, quoted
 
 BUILT_IN = frozenset(lamoe.ROUTERS)
 FILES: dict[str, str] = {}  # name of a router -> its file, as it was given
@@ -45,7 +45,7 @@ def router_name(text: str) -> str:
     except (Exception, SystemExit) as error:  # it is a program: anything may go wrong in it
         lamoe.ROUTERS.clear()
         lamoe.ROUTERS.update(before)
-        place = place_in(OWN_CODE, error) or f"{text}: "
+        place = place_in_own_code(error) or f"{text}: "
         raise argparse.ArgumentTypeError(f"{place}{kind_and_reason(error)}") from None
     router = lamoe.ROUTERS[new[0]]
     router.forward, FILES[new[0]] = checked(router.forward, text), text
