@@ -269,7 +269,7 @@ def scan(pieces, progress=None, size_of_all: int = 0) -> Table:
 
 
 def brief(notes: list[str], most: int = 8) -> list[str]:
-    """Each note once: what is said of many files is said of the first and their number.
+    """Each note once; one that holds for many files names the first and how many more.
 
     >>> brief(["a.csv: 2 rows", "b.csv: 2 rows", "b.csv has pages"])
     ['a.csv (and 1 more): 2 rows', 'b.csv has pages']

@@ -12,7 +12,7 @@ Which set a file belongs to is seen from its layout alone, wherever it came from
 | .../AA/wiki_00 (Wikipedia)               | an article    | "word ()" to "word"                   |
 | a csv with a speaker and a line          | a scene       | stage directions out                  |
 | a csv with page, section_title, text     | a page        | formulas folded, "word ()" to "word"  |
-| any other .csv .tsv .jsonl .json .parquet| a row         | of `messages`: joined, roles as lines |
+| any other .csv .tsv .jsonl .json .parquet| a row         | messages, prompt and answer: joined   |
 | a hub's README.md beside tables          | as above      | the tables alone are read             |
 | code beside .json that has no rows       | a file        | such a .json is text like the code    |
 | .ipynb                                   | a file        | its cells, without what they put out  |
@@ -463,7 +463,7 @@ def column(header, wanted: tuple, part=False) -> str | None:
 def table(rows, name: str, text_column: str, note, is_table=True):
     """Yields the documents of a table, and tells note() which columns they come from.
 
-    is_table: else a .json may be settings, which are no rows with a text.
+    is_table: for sure; else a .json without rows that have a text is refused, as settings.
     """
     rows = iter(rows)
     first = few(rows)

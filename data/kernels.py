@@ -57,8 +57,8 @@ def swiglu_grad(dh_PF: Tensor, gate_up_P2F: Tensor, weight_P1: Tensor) -> tuple[
 
 
 class RouterLogits(torch.autograd.Function):
-    """x W^T in fp32, for an x in bf16, by one product in bf16, whose sums are in fp32: of two such
-    numbers each product is exact there, and W is the sum of three such matrices."""
+    """x W^T in fp32 for x in bf16, by one product in bf16 that adds up in fp32, where products of
+    two such numbers are exact: W is split into three matrices in bf16 whose sum it is."""
 
     @staticmethod
     def forward(ctx, x_ND, weight_ED):
@@ -68,15 +68,15 @@ class RouterLogits(torch.autograd.Function):
         return logits_N3E.unflatten(1, (3, -1)).sum(1)
 
     @staticmethod
-    def backward(ctx, grad_NE):  # in bf16, as that of all weights: it decides nothing
+    def backward(ctx, grad_NE):  # in bf16, as for all weights: no choice depends on it
         x_ND, weight_ED = ctx.saved_tensors
         grad_NE = grad_NE.to(x_ND.dtype)
         return grad_NE @ weight_ED.to(x_ND.dtype), (grad_NE.mT @ x_ND).float()
 
 
 def in_three(x: Tensor) -> list[Tensor]:
-    """Three in bf16 whose sum is x: each has 8 of its 24 bits. By masks, since compiled code leaves
-    out a rounding to bf16 and back."""
+    """Three tensors in bf16 whose sum is x, each with 8 of its 24 bits. Cut by masks: compiled code
+    leaves out a rounding to bf16 and back."""
     parts = []
     for _ in range(3):
         parts.append((x.view(torch.int32) & -(1 << 16)).view(torch.float32))

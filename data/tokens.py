@@ -137,7 +137,7 @@ def learn_characters(documents, vocab_size: int) -> bpe.Tokenizer:
 def count_words(texts, n_bytes: int) -> Counter:
     """bpe.count_words of texts of about so many bytes, by all cores if they are many.
 
-    Of more different words than memory is there to learn from, the most frequent.
+    Where different words take more than WORDS bytes, the most frequent.
     """
     n, progress, total = workers.how_many(n_bytes), Progress("counting", n_bytes), Counter()
     if not n:
@@ -200,7 +200,7 @@ def encode(documents, tokenizer, path: Path) -> np.ndarray:
 
 
 def is_whole(path: Path, tokenizer) -> bool:
-    """Whether a file of ids is there and ends with that of a text's end: a part of it would not."""
+    """Whether a file of ids is there and ends where a text does, as a part of it hardly would."""
     kind, size = tokenizer.encode_array([]).dtype, path.stat().st_size if path.exists() else 0
     if not size or size % kind.itemsize:
         return False

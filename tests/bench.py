@@ -299,7 +299,7 @@ def bench_generate(bandwidth: float) -> None:
                     torch.nn.init.normal_(weight, std=0.02)
             total, active = lamoe.count_parameters(model)["all"]
             ids_BT = torch.randint(99, (batch, 16), device=DEVICE)
-            lamoe.Step, graph, compiled = ways[way]
+            lamoe.Step, graph, compiled = ways[way]  # generate takes the step from there
             n_new = 5 if SMALLEST else 60 if way == "eager" else n
             start = time.perf_counter()
             tokens = model.generate(

@@ -2,18 +2,18 @@
 
 Autocast casts each weight to bf16 in each forward, and its gradient back to fp32. Experts are most
 of a sparse model, and all of them pass through memory in a step, however few a token is sent to. So
-what Muon trains, of which products of matrices alone make use, is in bf16 itself, with gradients
-and momenta: 2% less time (32 experts of 512, one H100), and less memory. Small steps would be lost
-in the 8 bits of bf16: they add up in master weights (Micikevicius et al. 2017, arXiv:1710.03740),
-of which the model has a copy, made in the pass that moves them.
+the weights that Muon trains, which are used in products of matrices alone, are in bf16 themselves,
+with gradients and momenta: 2% less time (32 experts of 512, one H100), and less memory. Small steps
+would be lost in the 8 bits of bf16: they add up in fp32 masters (Micikevicius et al. 2017,
+arXiv:1710.03740). The pass that moves these also rounds them to the model's weights.
 """
 
 import torch
 
 
 class Masters:
-    """Muon's move for a model in bf16. state_dict() gives the masters; load_state_dict comes before
-    this."""
+    """Muon's move for a model in bf16, whose state_dict() gives the masters from then on. To load a
+    state_dict comes before this."""
 
     def __init__(self, model, muon):
         self.plain, self.move = muon.move, torch.compile(self.move, dynamic=False)

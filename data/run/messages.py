@@ -59,6 +59,10 @@ def introduce(run) -> None:
 
 
 def size_of(n_bytes: int) -> str:
+    """
+    >>> size_of(27_010), size_of(335_100_000)
+    ('27.0 kB', '335.1 MB')
+    """
     return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:.1f} kB"
 
 

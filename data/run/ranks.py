@@ -131,11 +131,11 @@ def average_unsharded(parallel) -> None:
 
 
 def total_norm(grads) -> torch.Tensor:
-    """torch's get_total_norm, in fp32 if gradients are in bf16, too."""
+    """The norm of all gradients, in fp32 even where some are in bf16."""
     if is_shard(grads[0]):
         return torch.nn.utils.get_total_norm(grads)
     norms, fp32 = [], torch.float32
-    for dtype in dict.fromkeys(grad.dtype for grad in grads):  # together they would take longer
+    for dtype in dict.fromkeys(grad.dtype for grad in grads):  # mixed, they take longer
         norms += torch._foreach_norm([grad for grad in grads if grad.dtype == dtype], dtype=fp32)
     return torch.linalg.vector_norm(torch.stack(norms))
 
