@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
+from tiny_run import make_text
 
 import lamoe
 from data import datasets
@@ -93,6 +94,15 @@ def cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(datasets, "CACHE", folder)
     return folder
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder with a text in it; no matplotlib, which takes longer than the training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    Path("text.txt").write_text(make_text(), encoding="utf-8")
+    return tmp_path
 
 
 @contextlib.contextmanager

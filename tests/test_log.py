@@ -26,15 +26,11 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    Path("text.txt").write_text(make_text(), encoding="utf-8")
+def mixed(workplace):
     for name in ("poems", "letters"):
         documents = [make_text(20, f"{name} {i}") for i in range(60)]
         Path("mixed").mkdir(exist_ok=True)
         Path(f"mixed/{name}.txt").write_text(f"\n{EOT}\n".join(documents), encoding="utf-8")
-    return tmp_path
 
 
 def start(out, *flags, data="text.txt"):

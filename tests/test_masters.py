@@ -4,14 +4,13 @@ On a CPU, uncompiled. A GPU differs from it in its kernels alone.
 """
 
 import shutil
-import sys
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from conftest import random_ids, random_model, small_config
-from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
+from tiny_run import TINY, at_training_step, call, press_ctrl_c
 
 import lamoe
 import train
@@ -115,10 +114,7 @@ def leaves(tree):
     return [tree]
 
 
-def test_a_resume_is_bit_exact_and_a_run_without_masters_goes_on_with_them(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # it takes longer than the training
-    (tmp_path / "text.txt").write_text(make_text(), encoding="utf-8")
+def test_a_resume_is_bit_exact_and_a_run_without_masters_goes_on_with_them(workplace):
     flags = ["--data", "text.txt", *TINY, "--dtype", "bf16", "--steps", "12", "--muon_ffn"]
     for name, on in (("run", True), ("plain", False)):
         with with_masters(on), at_training_step(6, press_ctrl_c):

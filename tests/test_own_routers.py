@@ -5,7 +5,6 @@ which sees the future and is caught at it.
 """
 
 import ast
-import sys
 from importlib import import_module
 from pathlib import Path
 from unittest import mock
@@ -15,7 +14,7 @@ import torch
 from conftest import assert_close, loop_over_experts, random_ids, random_model, small_config
 from test_gpu_paths import SIZES, as_on_a_gpu, assert_all_close, masked_grouped_mm, results
 from test_train import log_of, state_of, timeless
-from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
+from tiny_run import TINY, at_training_step, call, press_ctrl_c
 
 import lamoe
 import sample
@@ -30,12 +29,7 @@ NAMES = {"hash_router": "hash", "top_p": "top_p", "expert_choice": "expert_choic
 CAUSAL = ["hash_router", "top_p"]
 
 
-@pytest.fixture(autouse=True)
-def text_folder(tmp_path, monkeypatch):
-    """In an empty folder with a text."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # it takes longer than the training
-    Path("text.txt").write_text(make_text(), encoding="utf-8")
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def model_of(file, seed=0, **changes):

@@ -3,7 +3,6 @@
 A file of one's own may hold any program. Each case here is the smallest of its kind.
 """
 
-import sys
 from importlib import import_module
 from pathlib import Path
 from unittest import mock
@@ -13,7 +12,7 @@ import torch
 from conftest import random_ids, random_model, small_config
 from test_gpu_paths import SIZES, as_on_a_gpu, assert_all_close, masked_grouped_mm, results
 from test_train import state_of
-from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
+from tiny_run import TINY, at_training_step, call, press_ctrl_c
 
 import lamoe
 import sample
@@ -25,12 +24,7 @@ RUN = "--data text.txt --steps 4 --log_every 2 --save_every 2 --eval_every 2".sp
 on_a_gpu = as_on_a_gpu  # the fixture
 
 
-@pytest.fixture(autouse=True)
-def text_folder(tmp_path, monkeypatch):
-    """In an empty folder with a text."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    Path("text.txt").write_text(make_text(), encoding="utf-8")
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 HEAD = "import torch\nfrom torch import nn\nimport lamoe\n\n\n"

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import random_model, small_config
-from tiny_run import TINY, at_training_step, call, make_text, press_ctrl_c
+from tiny_run import TINY, at_training_step, call, press_ctrl_c
 
 import train
 from data.run import checkpoint, files, log, machine, ranks, storage
@@ -35,13 +35,6 @@ def straight(tmp_path_factory):
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     return torture.make_good(tmp_path_factory.mktemp("good") / "in")
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    Path("text.txt").write_text(make_text(), encoding="utf-8")
 
 
 def start(*flags):

@@ -34,13 +34,7 @@ CADENCE = "--steps 20 --log_every 3 --eval_every 4 --save_every 5"
 BYTES = Tokenizer([])
 
 
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    """An empty folder with a text in it; no matplotlib, which takes longer than the training."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    Path("text.txt").write_text(make_text(), encoding="utf-8")
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def words(flags):

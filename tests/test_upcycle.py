@@ -1,12 +1,11 @@
 """A dense model made sparse computes the same until training moves its experts apart."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_close, import_oracle, random_ids, random_model, small_config
-from tiny_run import call, make_text
+from tiny_run import call
 
 import lamoe
 import sample
@@ -19,12 +18,7 @@ ROUTERS = Path(__file__).parent / "routers"
 RUN = "--data text.txt --steps 4 --batch_size 2 --seq_len 16 --dtype fp32 --device cpu".split()
 
 
-@pytest.fixture(autouse=True)
-def text_folder(tmp_path, monkeypatch):
-    """An empty folder with a text."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    Path("text.txt").write_text(make_text(), encoding="utf-8")
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def theirs(kind):
