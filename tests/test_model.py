@@ -866,7 +866,7 @@ def test_load_refuses_a_text_file_and_a_folder(tmp_path):
     path = tmp_path / "story.txt"
     path.write_text("Once, upon a time")
     assert_refused(path, "not a readable checkpoint")
-    assert_refused(tmp_path, "not a readable checkpoint")
+    assert_refused(tmp_path, "neither a readable checkpoint nor a Hugging Face folder")
 
 
 class Trap:
