@@ -481,7 +481,7 @@ def test_another_tracker_is_refused(capsys):
 
 @pytest.mark.parametrize(
     "environment, rounds",
-    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
 )
 @pytest.mark.parametrize("program", ["train", "sample"])
 def test_threads_hardly_spin_unless_the_user_says_so(program, environment, rounds):
