@@ -96,6 +96,19 @@ def cache(tmp_path_factory, monkeypatch):
     return folder
 
 
+def written(step, model, ids_BT, *args, **options):
+    """(ids, logits of each step), written with this class of Step."""
+    logits = []
+
+    class Noted(step):
+        def pick(self, logits_BV, ids_BT):
+            logits.append(logits_BV.clone())
+            super().pick(logits_BV, ids_BT)
+
+    with mock.patch.object(lamoe, "Step", Noted):
+        return torch.stack(list(model.generate(ids_BT, *args, **options))), torch.stack(logits)
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """An empty folder with a text in it; no matplotlib, which takes longer than the training."""

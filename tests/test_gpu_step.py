@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import random_ids, random_model, small_config, with_biases
+from conftest import random_ids, random_model, small_config, with_biases, written
 
 import lamoe
 from data import gpu_step, one_row
@@ -102,26 +102,12 @@ class FewKernels(PLAIN):
         self.next = gpu_step.FewKernels(self)
 
 
-def written(step, model, ids_BT, n=6, **options):
-    """(ids, logits of each step), written with this class of Step."""
-    logits = []
-
-    class Noted(step):
-        def pick(self, logits_BV, ids_BT):
-            logits.append(logits_BV.clone())
-            super().pick(logits_BV, ids_BT)
-
-    with mock.patch.object(lamoe, "Step", Noted):
-        ids = torch.stack(list(model.generate(ids_BT, n, graph=False, **options)))
-    return ids, torch.stack(logits)
-
-
 def assert_writes_the_same(config, way, batch):
     device = "cpu" if way == "in torch" else DEVICE
     model = with_biases(random_model(config), "bias").to(device)
     ids_BT = random_ids(config, batch, 3).to(device)
-    ids, logits = written(FewKernels, model, ids_BT, temperature=0.0)
-    plain_ids, plain_logits = written(PLAIN, model, ids_BT, temperature=0.0)
+    ids, logits = written(FewKernels, model, ids_BT, 6, 0.0, graph=False)
+    plain_ids, plain_logits = written(PLAIN, model, ids_BT, 6, 0.0, graph=False)
     assert torch.equal(ids, plain_ids)
     assert (logits - plain_logits).abs().max() < 1e-4
     assert not torch.equal(logits[1:], plain_logits[1:]), "the plain code has run twice"
@@ -175,8 +161,9 @@ def test_draws_are_those_of_the_plain_step(options, batch, way):
     for step in (PLAIN, FewKernels):
         generator = torch.Generator(device).manual_seed(3)
         ids_BT = random_ids(model.config, batch, 3).to(device)
-        options = {"temperature": 0.9, **options}
-        texts.append(written(step, model, ids_BT, 12, generator=generator, **options)[0].tolist())
+        options = {"temperature": 0.9, "graph": False, **options}
+        ids, _ = written(step, model, ids_BT, 12, generator=generator, **options)
+        texts.append(ids.tolist())
     assert texts[0] == texts[1]
 
 

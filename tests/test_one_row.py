@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import random_ids, random_model, small_config, with_biases
+from conftest import random_ids, random_model, small_config, with_biases, written
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lamoe
@@ -17,19 +17,6 @@ from data.run.routers import router_name
 ROUTERS = sorted(lamoe.ROUTERS)
 OWN = sorted((Path(__file__).parent / "routers").glob("*.py"))
 PLAIN = one_row.RowStep.__base__
-
-
-def written(step, model, ids_BT, *args, **options):
-    """(ids, logits of each step), written with this class of Step."""
-    logits = []
-
-    class Noted(step):
-        def pick(self, logits_BV, ids_BT):
-            logits.append(logits_BV.clone())
-            super().pick(logits_BV, ids_BT)
-
-    with mock.patch.object(lamoe, "Step", Noted):
-        return torch.stack(list(model.generate(ids_BT, *args, **options))), torch.stack(logits)
 
 
 def begun(model, B=1, length=9):
