@@ -98,7 +98,7 @@ def sample_size(documents) -> int:
     """
     words, n, seen = set(), 0, []
     for text in documents:
-        words.update(itertools.chain.from_iterable(map(bpe.split_words, bpe.blocks(text))))
+        words.update(bpe.count_words([text]))
         n += len(text.encode())
         if n >= (len(seen) + 1) << 21:
             seen.append((n, sum(len(word.encode()) for word in words)))
