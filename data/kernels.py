@@ -45,6 +45,11 @@ class GroupedExperts(torch.autograd.Function):
         return dx_PD, d_weight_P1, d_gate_up, d_down, None
 
 
+def run_grouped(x_PD: Tensor, *others: Tensor) -> Tensor:
+    """What lamoe.run_grouped returns."""
+    return (GroupedExperts.apply if x_PD.is_cuda else plain_run_grouped)(x_PD, *others)
+
+
 def swiglu_grad(dh_PF: Tensor, gate_up_P2F: Tensor, weight_P1: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate_up and of weight, where h = weight * swiglu(gate_up)."""
     gate, up = gate_up_P2F.chunk(2, dim=-1)
@@ -93,13 +98,13 @@ def logits(router: lamoe.Router, x_BTD: Tensor, weight_ED: Tensor | None = None)
         return RouterLogits.apply(x_BTD.flatten(0, -2), weight_ED)
 
 
-plain_logits = lamoe.Router.logits
+plain_run_grouped, plain_logits = lamoe.run_grouped, lamoe.Router.logits
 
 
 def use() -> bool:
     """Lets lamoe.py train with this file from now on, where Triton is; whether it does."""
     if can_run:
-        lamoe.run_grouped, lamoe.Router.logits = GroupedExperts.apply, logits
+        lamoe.run_grouped, lamoe.Router.logits = run_grouped, logits
     return can_run
 
 

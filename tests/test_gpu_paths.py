@@ -181,6 +181,17 @@ def test_a_recorded_training_step_does_what_the_step_does(router, tmp_path):
     assert losses[0][:8] == pytest.approx(losses[2][:8], rel=0.05 if noisy else 0.01)
 
 
+def test_on_a_cpu_nothing_changes_where_there_is_a_card_too(monkeypatch):
+    for where, name in ((lamoe, "run_grouped"), (lamoe.Router, "logits")):
+        monkeypatch.setattr(where, name, getattr(where, name))  # undone at the end
+    monkeypatch.setattr(kernels, "can_run", True)
+    monkeypatch.setattr(kernels, "GroupedExperts", None)
+    args = [torch.randn(6, 8), torch.rand(6, 1), torch.randn(2, 8, 8), torch.randn(2, 8, 4)]
+    args.append(torch.tensor([2, 6], dtype=torch.int32))
+    plain = lamoe.run_grouped(*args)
+    assert kernels.use() and torch.equal(lamoe.run_grouped(*args), plain)
+
+
 @pytest.mark.skipif(not kernels.can_run, reason="needs an NVIDIA card")
 @pytest.mark.parametrize("P, F", [(1000, 384), (77, 192), (8, 520)])
 def test_the_kernel_of_swiglus_backward_equals_the_plain_one(P, F):
