@@ -269,16 +269,16 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 def make_optimizers(model: lamoe.LaMoE, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon [2] on attention, with muon_ffn on experts; AdamW [1] on the rest, as [2] advises
     for embeddings and head; norms: no decay."""
-    matrices, others, routers, vectors = [], [], [], []
+    matrices, shards, others, vectors = [], [], [], []  # AdamW groups: all shards (--fsdp), or none
     for name, weight in model.named_parameters():
-        of_muon = ".attn." in name or config.muon_ffn and ".ffn." in name
-        kind = routers if ".router." in name else matrices if of_muon else others
+        of_muon = ".attn." in name or config.muon_ffn and ".ffn." in name and ".router." not in name
+        kind = matrices if of_muon else shards if ranks.is_sharded(name) else others
         (vectors if weight.dim() < 2 else kind).append(weight)
     decay = config.weight_decay
-    groups = [{"params": part, "weight_decay": decay} for part in (others, routers) if part]
+    groups = [{"params": part, "weight_decay": decay} for part in (shards, others) if part]
     groups.append({"params": vectors, "weight_decay": 0.0})
     muon = Muon(matrices, config.muon_lr, decay)
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)  # betas of GPT-3
     for group in (*muon.param_groups, *adamw.param_groups):
         group["highest_lr"] = group["lr"]
     return [muon, adamw]
