@@ -1,8 +1,8 @@
 """A byte-level BPE tokenizer from scratch: train, encode, decode, save, in pure Python.
 
-Byte-pair encoding (BPE) starts with 256 ids, one per byte. Again and again, it gives the most
-frequent pair of neighbours an id of its own. The list of these merges *is* the tokenizer: to encode
-new text, replay the merges in the order in which they were learned. Notable features:
+Byte-pair encoding (BPE) [1, 2] starts with 256 ids, one per byte [3]. Again and again, it gives the
+most frequent pair of neighbours an id of its own. The list of these merges *is* the tokenizer: to
+encode new text, replay the merges in the order in which they were learned. Notable features:
 - section 1 is the whole algorithm; the rest gives the same results, fast, and streams its documents
 - any str survives encode and decode exactly: there is no unknown token and no normalisation
 - merges equal rustbpe's, ids equal tiktoken's and Hugging Face's (tests/test_bpe.py)
@@ -39,8 +39,8 @@ CACHE_SIZE = 1 << 19  # texts remembered while encoding, some 100 MB when full [
 def learn_plainly(texts, n_merges):
     """Returns up to `n_merges` pairs (a, b) in the order of merging; merge i makes the id 256 + i.
 
-    A list of ids is a str here, with one character per id: to merge a pair is to replace it, from
-    the left. Of equally frequent pairs the smallest wins: the order of the texts never matters.
+    A list of ids is a str here, of chr(id), as latin-1 does it for bytes: to merge a pair is to
+    replace it, from the left. Of equally frequent pairs the smallest wins, in any order of texts.
 
     >>> learn_plainly([b"banana", b"bandana"], 3)  # a|n, b|an, an|a
     [(97, 110), (98, 256), (256, 97)]
@@ -79,12 +79,12 @@ def encode_plainly(text, merges):
 # section 1. This is GPT-4's pattern [4], an alternative per line; it covers every character.
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)"  # English contractions: 's 't 'll
-    r"|[^\r\n\p{L}\p{N}]?+\p{L}+"  # letters, with the one space or sign before them
+    r"|[^\r\n\p{L}\p{N}]?+\p{L}+"  # letters, and a space or sign before them; ?+ ++ never backtrack
     r"|\p{N}{1,3}"  # numbers in groups of three digits at most
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*"  # punctuation and the line breaks after it
     r"|\s*[\r\n]|\s+(?!\S)|\s+"  # white space, leaving the last space to the next word
 )
-UNICODE = 14 + len(regex.findall(r"\p{L}", "\U00011f04\u1c89\ua7ce\u208f"))  # letters of 15 to 18
+UNICODE = 14 + len(regex.findall(r"\p{L}", "\U00011f04\u1c89\ua7ce\u208f"))  # letters new in 15-18
 
 # `re` finds the same, thrice as fast, if told which characters are letters. It looks them up in a
 # table that ends at U+FFFF: text with an emoji is for `regex`. The commonest words stand first.
@@ -102,10 +102,10 @@ def split_words(text):
     return find_low_words(text) if is_low else regex.findall(PATTERN, text)
 
 
-# Blocks, and chunks (a few words, which texts repeat), are cut only where a word ends in any case:
-# before a space after a non-space, where each alternative stops (its lookahead only follows white
-# space); after a line break before a non-space, as only white space goes on there, till its last
-# line break. Nothing looks behind. `re` leaves cuts out: to it, \x1c-\x1f are white space, too.
+# Blocks, and chunks (a few words, which texts repeat), are cut where no word goes on: between a
+# non-space and a space (in a word only white space stands before a space), and between a line break
+# and a non-space (in a word only white space follows one). Nor does the pattern look beyond a cut:
+# its lookahead only follows spaces without line breaks. `re` cuts less: \x1c-\x1f are space to it.
 split_chunks = re.compile(r"\s*\S+(?:[^\S ]\s*(?:(?<![\r\n])\S+)?)*|\s+").findall
 find_cut = re.compile(r"(?<=\S)(?= )|(?<=[\r\n])(?=\S)").search
 
@@ -151,8 +151,8 @@ def learn_merges(word_counts, n_merges, progress=None):
 
     All distinct words lie end to end in a linked list of numpy arrays. Each pair in the heap has
     the positions where it occurs, so a merge is a few array operations on these. Merging "ab" in
-    "xaby" also takes away an "xa" and a "by". So the pair on top is counted again, and pushed back
-    if it lost some: no count is ever too low, as a pair enters the heap with all its occurrences.
+    "xaby" also takes away an "xa" and a "by": so the pair on top is counted again, and pushed back
+    if it lost some. None gains any: a merge makes only pairs with its new id, and enters them all.
 
     >>> learn_merges({"aaab": 2, "ab": 3}, 3)  # ab: 5 against aa: 4; then a|a|ab is left
     [(97, 98), (97, 97), (257, 256)]

@@ -65,7 +65,7 @@ class Config:
     sequence_weight: float = 0.0001  # deepseek: weight of the balance loss within a sequence
 
     @property
-    def head_size(self) -> int:
+    def head_size(self) -> int:  # head_dim, or what None stands for
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
@@ -108,7 +108,7 @@ class Config:
         fits = isinstance(value, kind) or (is_real and type(value) is int)
         if not fits or (type(value) is bool and kind is not bool):
             raise ValueError(f"{name}={value!r:.80} must be {getattr(kind, '__name__', kind)}")
-        least = int(kind is int and name not in ("n_shared_experts", "n_dense_layers"))
+        least = int(kind is int and name not in ("n_shared_experts", "n_dense_layers"))  # 0 or 1
         limit = 2**63 if type(value) is int else 1e30  # torch converts no larger ones
         if kind in (int, float, float | None) and not least <= (value or 0) < limit:
             raise ValueError(f"{name}={value!r:.40} must be at least {least} and below {limit:.0e}")
@@ -118,9 +118,9 @@ class Config:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in fp32 [2, eq. 4].
-    It keeps each layer's input at one size. LayerNorm also removes the mean and adds a bias: what
-    stabilises training is the division [2, section 3]. eps is in the root: rows near 0 stay small.
+    """x / sqrt(mean(x^2) + eps) * weight [2, eq. 4], in fp32: bf16 would blur a sum of squares.
+    It keeps each layer's input at one size. LayerNorm also removes the mean and adds a bias; [2]
+    trains as well without, so the division is what helps. eps in the root: rows near 0 stay small.
     """
 
     def __init__(self, dim: int, eps: float):
@@ -205,7 +205,7 @@ def fused_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention [4]: G key/value heads for H query heads, a cache of G/H the size."""
+    """Grouped-query attention [4]: a cache of G/H the size; with qk_norm bounded scores [11]."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -235,13 +235,13 @@ class Attention(nn.Module):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, where the last dimension holds gate first, then up [5, eq. 6]."""
+    """silu(gate) * up [5, eq. 5], from (..., 2F): gate, the first half, scales each unit of up."""
     gate, up = gate_up.chunk(2, dim=-1)
     return nn.functional.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
-    """The dense feed-forward layer: down(silu(gate(x)) * up(x)) [5]."""
+    """The dense feed-forward layer: down(silu(gate(x)) * up(x)) [5, eq. 6]."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -271,11 +271,9 @@ def run_expert(x_PD: Tensor, weight_P1: Tensor, gate_up: Tensor, down: Tensor) -
 
 def plain_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Tensor) -> Tensor:
     """sum_a weights[n, a] * expert[experts[n, a]](x[n]), (N, D): a sparse layer as a loop.
-
     Each expert takes the tokens that chose it, and adds its results to those tokens' outputs. One
-    without tokens adds nothing and has a gradient of zero: section 5 must send it tokens again. In
-    four lines (`for` to `+=`); the code below does the same at a CPU's full speed:
-
+    without tokens adds nothing and has a gradient of zero: section 5 must send it tokens again. The
+    four lines of the loop here are all of it; the code below does the same at a CPU's full speed:
     >>> x, y, experts = torch.randn(5, 8), torch.zeros(5, 8), Experts(4, dim=8, hidden_dim=16)
     >>> gate_up, down = (nn.init.normal_(p).data for p in experts.parameters())
     >>> choices, weights = torch.rand(5, 4).topk(2).indices, torch.rand(5, 2)
@@ -289,6 +287,7 @@ def plain_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Te
     # unbind, not [e]: the backward of [e] would add up E gradients of the full size.
     gate_up_E, down_E = (p.to(x_ND.dtype).unbind() for p in experts.parameters())
     expert_E11 = torch.arange(len(down_E), device=x_ND.device)[:, None, None]
+    # Found in (E, N, A), so in the order of experts; a pair of weight 0 (dropped) is left out.
     expert_P, token_P, choice_P = torch.where((experts_NA == expert_E11) & (weights_NA != 0))
     weight_P1 = weights_NA.to(x_ND.dtype)[token_P, choice_P, None]
     counts, y_E = expert_P.bincount(minlength=len(down_E)).tolist(), []
@@ -302,10 +301,10 @@ def plain_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Te
 
 
 # --- 4. Dispatch: the same sparse layer for a GPU -------------------------------------------------
-# The loop asks how many rows each expert has, and a GPU would wait. With the P = N*A pairs (token,
-# expert) sorted by expert all is one grouped product: row p is a copy of token token_P1[p], the
-# a-th copy of token n is row slot_NA[n, a], and the rows of expert e end before row ends_E[e].
-# (A pair of weight 0 costs what others do: only the GPU knows their number, and shapes come first.)
+# The loop asks how many rows each expert has, and Python would wait for the GPU's answer. With the
+# P = N*A pairs (token, expert) sorted by expert, one grouped product does it all: row p is a copy
+# of token token_P1[p], the a-th copy of token n is row slot_NA[n, a], and the rows of expert e end
+# before row ends_E[e]. (Pairs of weight 0 stay in: to leave them out, one would wait for a count.)
 
 
 class Gather(torch.autograd.Function):
@@ -338,9 +337,8 @@ def run_grouped(x_PD: Tensor, weight_P1: Tensor, gate_up: Tensor, down: Tensor, 
 
 def sorted_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Tensor) -> Tensor:
     """plain_moe by sorting.
-
     >>> experts_NA = torch.tensor([[2, 0], [0, 1], [2, 1]])  # three tokens, two experts each
-    >>> order_P = experts_NA.flatten().argsort(stable=True)  # pairs, those of expert 0 first
+    >>> order_P = experts_NA.flatten().argsort(stable=True)  # pairs by expert, then by token
     >>> (order_P // 2).tolist()                              # token_P1: whose copy each row is
     [0, 1, 1, 2, 0, 2]
     """
@@ -353,7 +351,7 @@ def sorted_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: T
     token_P1, slot_NA = order_P[:, None] // experts_NA.shape[1], slot_P.view_as(experts_NA)
     ends_E = (flat_P[:, None] == expert_E).sum(0).cumsum(0, dtype=torch.int32)
     x_PD = Gather.apply(x_ND, token_P1, slot_NA)
-    # The weights go out in the same order: each is a token of its own, with a single copy.
+    # The weights go out in the same order: each is a row of its own here, copied once.
     weight_P1 = weights_NA.to(x_ND.dtype).reshape(-1, 1)
     weight_P1 = Gather.apply(weight_P1, order_P[:, None], slot_P[:, None])
     gate_up, down = (p.to(x_ND.dtype) for p in experts.parameters())
@@ -362,6 +360,8 @@ def sorted_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: T
 
 # --- 5. Routers: which experts a token goes to, and how much each counts --------------------------
 # Choosing (experts_NA) has no gradient: a router learns through weights_NA and through its losses.
+# An expert with more tokens learns faster, and so is chosen more: left alone, a router collapses
+# onto a few. Each one below has its own counterweight: a loss, or a bias.
 # All in fp32: bf16 would decide between experts by rounding. Noise is for training alone.
 
 
@@ -395,7 +395,7 @@ def global_mean(x: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """What routers share. A new one: a subclass, whose forward gives a Routing, in ROUTERS."""
+    """What routers share. A new one: a subclass in ROUTERS; forward: vectors, ids -> Routing."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -403,7 +403,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(c.n_experts, c.dim))  # a row per expert
 
     @staticmethod
-    def n_active(c: Config) -> int:  # experts that a token is sent to, or the most, to count
+    def n_active(c: Config) -> int:  # experts that a token is sent to, at most
         return c.top_k
 
     def init_weights(self) -> None:
@@ -432,7 +432,6 @@ def balance_loss(probs_NE: Tensor, load_E: Tensor) -> Tensor:
     f has no gradient; P has one, and is pushed down most where f is large. Uniform routing gives 1
     (not the minimum: it is lower where f and P disagree), all choices on A experts give E/A. Both
     are of a whole batch: within a sequence nothing asks for balance, and experts may specialise.
-
     >>> one, even = torch.tensor([1.0, 0, 0, 0]), torch.full((4,), 0.25)
     >>> [balance_loss(p_E.repeat(2, 1), load_E=p_E).item() for p_E in (even, one)]
     [1.0, 4.0]
@@ -442,8 +441,9 @@ def balance_loss(probs_NE: Tensor, load_E: Tensor) -> Tensor:
 
 class TopK(Router):
     """Mixtral's router: weights = softmax(TopK(x W)) [6, section 2.1], balance loss, z-loss.
-    At k = 1 that weight is always 1: only the two losses move this router. The z-loss, the mean of
-    logsumexp(logits)^2 [9, eq. 5], keeps logits small: large ones round badly.
+    They are the full softmax over its sum at the chosen. At k = 1 that is always 1: only the two
+    losses move this router. The z-loss, the mean of logsumexp(logits)^2 [9, eq. 5], keeps logits
+    small, and so what rounding does to exp: without it some runs of [9] diverged, with it none.
     """
 
     def forward(self, x_BTD: Tensor, ids_BT: Tensor | None = None) -> Routing:
@@ -461,9 +461,9 @@ class TopK(Router):
 class Noisy(Router):
     """Noisy top-k gating [7, eq. 3-5]: softmax(TopK(x W + normal * softplus(x W_noise))).
     The noise lets a token try other experts; W_noise is learned and says how much. Two losses, each
-    (std / mean)^2 over the experts: of their summed weights (eq. 6-7), and of their load (appendix
-    A). A count has no gradient, so load is the summed probability of being chosen if the noise were
-    drawn again, Phi((x W - what to beat) / softplus(x W_noise)), with Phi the normal CDF.
+    (std / mean)^2 over the experts: of importance, their summed weights (eq. 6-7), and of load. A
+    count has no gradient, so load sums the probability of being chosen if that expert's noise were
+    drawn again, Phi((x W - what to beat) / softplus(x W_noise)), Phi the normal CDF (appendix A).
     """
 
     def __init__(self, c: Config):
@@ -472,7 +472,7 @@ class Noisy(Router):
 
     def init_weights(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
-        nn.init.zeros_(self.noise_weight)  # [7, appendix A]
+        nn.init.zeros_(self.noise_weight)  # [7, appendix A]: noise of softplus(0) = 0.69
 
     def forward(self, x_BTD: Tensor, ids_BT: Tensor | None = None) -> Routing:
         c, clean_NE = self.config, self.logits(x_BTD)
@@ -485,13 +485,13 @@ class Noisy(Router):
         if not self.training:
             return Routing(experts_NA, weights_NA, probs_NE)
         weight_NE = torch.zeros_like(clean_NE).scatter(1, experts_NA, weights_NA)
-        shares = [weight_NE.sum(0)]
+        totals = [weight_NE.sum(0)]  # importance; then load
         if c.top_k < c.n_experts:  # else every expert is always chosen, and their load is equal
             kth_N1, next_N1 = noisy_NE.topk(c.top_k + 1).values[:, -2:].split(1, dim=1)
             to_beat_NE = torch.where(noisy_NE >= kth_N1, next_N1, kth_N1)  # the k-th of the others
-            chosen_NE = (clean_NE - to_beat_NE) / std_NE.clamp(min=1e-20)
-            shares.append(torch.special.ndtr(chosen_NE).sum(0))
-        loss = sum(share_E.var(correction=0) / share_E.mean().square() for share_E in shares)
+            margin_NE = (clean_NE - to_beat_NE) / std_NE.clamp(min=1e-20)
+            totals.append(torch.special.ndtr(margin_NE).sum(0))
+        loss = sum(total_E.var(correction=0) / total_E.mean().square() for total_E in totals)
         load_E = self.load(experts_NA)
         return Routing(experts_NA, weights_NA, probs_NE, load_E, c.balance_weight * loss)
 
@@ -499,8 +499,9 @@ class Noisy(Router):
 class Switch(Router):
     """Switch routing [8, section 2]: the one best expert, weighted with its raw probability.
     The raw probability lets the task teach the router: renormalised over one expert it would be 1.
-    An expert takes capacity_factor * N / E tokens (eq. 3); a token beyond that skips the layer. The
-    queue goes by time: position t of all sequences, then t + 1. The future can't push tokens out.
+    An expert takes capacity_factor * N / E tokens (eq. 3), for hardware that wants a fixed number;
+    a token beyond that has only its residual here. The queue goes by time: position t of all
+    sequences, then t + 1. The future can't push tokens out. Jitter lets tokens try other experts.
     """
 
     @staticmethod
@@ -534,9 +535,9 @@ class Switch(Router):
 class DeepSeek(Router):
     """DeepSeek-V3's router [10, section 2.1.2]: balance through a bias, not through the loss.
     Scores are sigmoids (eq. 15). The bias chooses: TopK(score + bias) (eq. 16); the score weighs:
-    score / sum of the chosen scores * routed_scale (eq. 13, 12): balance never distorts the output.
-    A token may choose from the top_groups groups whose two best scores sum highest. A tiny loss
-    within each sequence guards against extremes (eq. 17-20).
+    score / sum of the chosen (eq. 13), * routed_scale (their code): balance distorts no output. A
+    token may choose from the top_groups groups whose two best scores sum highest: few machines get
+    it, if each holds a group. A tiny loss within each sequence guards against extremes (eq. 17-20).
     """
 
     def __init__(self, c: Config):
@@ -554,9 +555,9 @@ class DeepSeek(Router):
         if c.top_groups < c.n_groups:
             grouped = scores_NE.detach().unflatten(1, (c.n_groups, -1))  # (N, M, E / M)
             best_NM = grouped.topk(min(2, grouped.shape[-1])).values.sum(-1)
-            hidden_NM = torch.full_like(best_NM, -torch.inf)  # not 0: a biased score can be below
-            hidden_NM = hidden_NM.scatter(1, best_NM.topk(c.top_groups).indices, 0.0)
-            scores_NE = (grouped + hidden_NM[..., None]).flatten(1)
+            mask_NM = torch.full_like(best_NM, -torch.inf)  # not 0: a biased score can be below
+            mask_NM = mask_NM.scatter(1, best_NM.topk(c.top_groups).indices, 0.0)
+            scores_NE = (grouped + mask_NM[..., None]).flatten(1)
         return choose(scores_NE, c.top_k)
 
     def forward(self, x_BTD: Tensor, ids_BT: Tensor | None = None) -> Routing:
@@ -609,7 +610,7 @@ class MoE(nn.Module):
 
 
 def pick_kernels(x: Tensor, c: Config) -> tuple:
-    """(attention, moe): the fastest code for x's device and dtype. Section 7 asks once more."""
+    """(attention, moe): the fastest code for x's device and dtype."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         return plain_attention, plain_moe  # torch's fused attention is 1.5 to 4 times slower
     # Grouped products: bf16, an NVIDIA card from Ampere on, rows of a multiple of 16 bytes.
@@ -674,9 +675,9 @@ class LaMoE(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Normal(0, 0.02), but what a block adds to the residual stream starts at zero.
-        0.02 is GPT-2's; a norm undoes most of any other size. Zeros make a block the identity, and
-        those of an untied head make the loss ln(V). An untied embedding starts at 1: training draws
-        words of like contexts (names, say) together; small vectors would be too alike to copy one.
+        0.02 is GPT-2's. Zeros make a block the identity, and an untied head's loss ln(V); they do
+        learn, as what they multiply isn't zero. An untied embedding has std 1: training moves words
+        of like contexts (names, say) alike, and small ones would end too alike to tell apart.
         """
         for module in self.modules():
             if isinstance(module, nn.Embedding):
@@ -720,16 +721,16 @@ class LaMoE(nn.Module):
         if cache is not None:
             cache.length = end
         logits_BTV, loss = self.predict(x_BTD, targets_BT, return_logits)
-        zero = self.cos.new_zeros(())
-        balance, z, dropped = (sum((r[i] for r in routings), zero) for i in (4, 5, 6))
+        zero, fields = self.cos.new_zeros(()), ("balance", "z", "dropped")
+        balance, z, dropped = (sum((getattr(r, f) for r in routings), zero) for f in fields)
         load_LE = torch.cat([zero.new_zeros(0, c.n_experts), *(r.load_E[None] for r in routings)])
-        rows = zip(*(r[:3] for r in routings), strict=True) if return_experts else ()
-        rows = ([x.T for x in row] for row in rows if row[0] is not None)  # A may vary: pad it
+        rows = zip(*(r[:3] for r in routings), strict=True) if return_experts else ()  # of L layers
+        rows = ([x.T for x in row] for row in rows if row[0] is not None)  # (A, N): pad, A may vary
         seen = (nn.utils.rnn.pad_sequence(row, True).mT.unflatten(1, ids_BT.shape) for row in rows)
         return Output(logits_BTV, loss, balance, z, load_LE, dropped / max(1, len(routings)), *seen)
 
     def predict(self, x_BTD, targets_BT, return_logits) -> tuple[Tensor | None, Tensor | None]:
-        """Logits, and their cross-entropy in fp32 where targets are given."""
+        """Logits, and their cross-entropy in fp32 where targets are given. (It can be compiled.)"""
         logits_BTV, loss = self.head(self.norm(x_BTD)), None
         if targets_BT is not None:
             flat_NV = logits_BTV.flatten(0, 1).float()
@@ -745,8 +746,8 @@ class LaMoE(nn.Module):
 
 
 def filter_logits(logits_BV, temperature=1.0, top_k=None, top_p=None, min_p=None) -> Tensor:
-    """softmax(logits / temperature), (B, V), but 0 for what filters remove. top_k keeps the k most
-    likely, min_p those of at least min_p times the highest, top_p the fewest that sum to top_p.
+    """softmax(logits / temperature), (B, V), but 0 for what filters remove in turn: top_k keeps the
+    k likeliest, min_p those at least min_p times the highest, top_p the fewest that sum to top_p.
     """
     logits_BV = logits_BV / temperature
     if top_k is not None:
@@ -766,7 +767,6 @@ def filter_logits(logits_BV, temperature=1.0, top_k=None, top_p=None, min_p=None
 
 def sample(logits_BV: Tensor, noise_BV: Tensor, temperature: float = 1.0, *filters) -> Tensor:
     """One id per row, (B,), drawn from `filter_logits`; at temperature 0 the most likely.
-
     The draw is argmax(probs / noise), noise from Exponential(1): clock i rings at noise_i / p_i,
     that is at a rate of p_i, and is the first of all with probability p_i. No number leaves the
     GPU. (A noise of 0 would let 0 / 0 win, a temperature near 0 would overflow.)
@@ -875,7 +875,7 @@ class Step:
         self.next = torch.compile(self.run, fullgraph=True, dynamic=False)
 
     def capture(self) -> None:
-        """Makes `next` the replay of a CUDA graph. Before the prompt: it leaves rubbish behind."""
+        """Makes `next` replay a CUDA graph. Before the prompt, which overwrites its rubbish."""
         run, side, graph = self.next, torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # outside the graph: kernels are chosen, memory is taken
@@ -944,7 +944,7 @@ def count_parameters(model: LaMoE) -> dict[str, tuple[int, int]]:
 
 
 def flops_per_token(model: LaMoE) -> int:
-    """To train on one token: 6 per weight (2 forward, 4 back), 12 * layers * H * K * T/2 more."""
+    """To train on a token: 6 (2 forward, 4 back) per active weight, and per key or value number."""
     c, parts = model.config, count_parameters(model)
-    attention = 6 * c.n_layers * c.n_heads * c.head_size * c.seq_len  # causal: half of T x T
+    attention = 12 * c.n_layers * c.n_heads * c.head_size * c.seq_len // 2  # T/2 are seen
     return 6 * (parts["all"][1] - parts["norms"][1]) + attention

@@ -90,9 +90,9 @@ def windows(ids: np.ndarray, first: int, length: int, documents=None) -> np.ndar
     """
     documents = tokens.document_starts(ids[:-1], first) if documents is None else documents
     last = len(ids) - 1
-    n = -(-np.diff(documents, append=last) // length)  # windows till one has other documents in it
-    following = documents.searchsorted(documents + n * length, "right") - 1  # the last one of these
-    met = [0]  # documents that begin a window
+    n = -(-np.diff(documents, append=last) // length)  # windows that hold each to its end
+    following = documents.searchsorted(documents + n * length, "right") - 1  # last to begin in them
+    met = [0]  # documents that begin a window: the first, and then always the one following
     while (i := following.data[met[-1]]) > met[-1]:
         met.append(i)
     documents, n = documents[met], n[met]
@@ -110,7 +110,7 @@ class Batches:
         documents = tokens.document_starts(ids[:-1], first)  # a pass over the whole text
         starts, full = windows(ids, first, length, documents)[:, 0], len(ids) - 1 - length
         self.starts = starts = np.append(starts[starts < full], full)  # the last window is full
-        self.is_cut = documents[documents.searchsorted(starts, "right") - 1] != starts  # in a text
+        self.is_cut = documents[documents.searchsorted(starts, "right") - 1] != starts  # mid-story
         self.epoch, self.order = -1, None
 
     def __call__(self, i: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,7 +212,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices, lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.move, self.share = move, 1.0  # share: what clipping leaves of gradients
+        self.move, self.share = move, 1.0  # share: what gradients are multiplied by, to clip them
 
     @torch.no_grad()
     def step(self):
@@ -226,7 +226,7 @@ class Muon(torch.optim.Optimizer):
                 batches.setdefault(weight.shape if weight.dim() == 2 else weight, []).append(parts)
             for parts in batches.values():
                 *_, rows, columns = parts[0][0].shape
-                rate = group["lr"] * max(1, rows / columns) ** 0.5
+                rate = group["lr"] * max(1, rows / columns) ** 0.5  # [2]: else tall ones move less
                 self.move(*zip(*parts, strict=True), self.share, group["momentum"], rate, keep)
 
 
@@ -245,7 +245,7 @@ def move(weights, grads, momenta, share, momentum: float, rate, keep) -> None:
 
 # s -> a s + b s^3 + c s^5 brings singular values s together: five times the same (a, b, c) [2], or
 # three, each the best for what those before leave of [0.004, 1] [4, algorithm 1]: as good on a GPU,
-# where steps are dear, on text. The last is scaled so that rates mean the same.
+# where steps are dear, on text. The last is scaled so that a rate means the same with both.
 FIVE = 5 * ((3.4445, -4.7750, 2.0315),)
 THREE = ((8.1044, -22.621, 16.2588), (3.9172, -2.8251, 0.5247), (2.5086, -1.8812, 0.3842))
 
@@ -267,27 +267,26 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 def make_optimizers(model: lamoe.LaMoE, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon [2] on attention, with muon_ffn on experts; AdamW [1] on the rest; norms: no decay."""
-    matrices, others, routers, vectors = [], [], [], []
+    """Muon [2] on attention, with muon_ffn on experts; AdamW [1] on the rest, as [2] advises
+    for embeddings and head; norms: no decay."""
+    matrices, shards, others, vectors = [], [], [], []  # AdamW groups: all shards (--fsdp), or none
     for name, weight in model.named_parameters():
-        of_muon = ".attn." in name or config.muon_ffn and ".ffn." in name
-        kind = routers if ".router." in name else matrices if of_muon else others
+        of_muon = ".attn." in name or config.muon_ffn and ".ffn." in name and ".router." not in name
+        kind = matrices if of_muon else shards if ranks.is_sharded(name) else others
         (vectors if weight.dim() < 2 else kind).append(weight)
     decay = config.weight_decay
-    groups = [{"params": part, "weight_decay": decay} for part in (others, routers) if part]
+    groups = [{"params": part, "weight_decay": decay} for part in (shards, others) if part]
     groups.append({"params": vectors, "weight_decay": 0.0})
     muon = Muon(matrices, config.muon_lr, decay)
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)  # betas of GPT-3
     for group in (*muon.param_groups, *adamw.param_groups):
         group["highest_lr"] = group["lr"]
     return [muon, adamw]
 
 
 def schedule(step: int, config: TrainConfig) -> float:
-    """The share of the highest rate at a step: a linear rise, then linear to zero [3].
-
-    With decay < 1 there is a plateau between them, from which a run can go on for longer [5].
-    """
+    """The share of the highest rate at a step: a linear rise, then linear to zero [3]; with decay
+    below 1 a plateau between them, from which a run can go on for longer [5]."""
     rise = max(1, round(config.warmup * config.steps))
     fall = max(1, min(round(config.decay * config.steps), config.steps - rise))
     return min((step + 1) / rise, 1.0, (config.steps - step) / fall)
@@ -355,7 +354,8 @@ def train(run: Run, stop: list) -> None:
             step % every == 0 or step == settings.steps
             for every in (settings.eval_every, settings.save_every, settings.log_every)
         )
-        plateau_ends = settings.decay < 1 == schedule(step, settings) > schedule(step + 1, settings)
+        rate, next_rate = (schedule(n, settings) for n in (step, step + 1))
+        plateau_ends = settings.decay < 1 and rate == 1 > next_rate
         saving = saving or plateau_ends
         stopping = (logging or ranks.WORLD == 1) and ranks.on_any_rank(bool(stop))
         row = meter.row() if evaluating or saving or logging or stopping else {}

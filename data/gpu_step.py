@@ -6,8 +6,9 @@ layer is six for a single row (`row`): each reads a matrix, and does on the way 
 more rows (`rows`) the products are torch's, and all experts work on all rows: nearly every expert
 has a row, so all are read anyway, and nothing has to be sorted.
 
-A kernel may begin before the one ahead of it has ended, and read the first of its weights; what
-others wrote it reads after `gdc_wait` ("programmatic dependent launch", from Hopper on).
+A kernel may begin before the one ahead of it has ended, once that one has waited for its own; what
+that one writes it reads after `gdc_wait`, and before it weights, and what is older ("programmatic
+dependent launch", from Hopper on).
 """
 
 import math
@@ -272,9 +273,8 @@ if triton is not None:
         H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, NORM: tl.constexpr,
         SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
     ):  # fmt: skip
-        """One program: one query head of one row, every SPLITS-th block of its positions.
-        The new key isn't read from the cache, into which others write it only now.
-        """
+        """One program: one query head of one row, every SPLITS-th block of its positions, summed as
+        in FlashAttention. The new key isn't read from the cache, into which others write it now."""
         head, split = tl.program_id(0), tl.program_id(1)
         b, h = head // H, head % H
         g, i = h // (H // G), tl.arange(0, KP)

@@ -1,8 +1,8 @@
 """Experts and routers on an NVIDIA card, trained faster: lamoe.run_grouped, lamoe.Router.logits.
 
-torch.compile makes two kernels of SwiGLU's backward, each of which reads gate and up, since a sum
-along a row (the gradient of the row's weight) and the row's own values don't fit in one for it. The
-kernel below, in Triton, which comes with torch for these cards, reads and writes each number once.
+torch.compile makes two kernels of SwiGLU's backward, one for the gradients of gate and up, one for
+that of a row's weight, a sum along the row; each reads gate and up. The kernel below, in Triton,
+which comes with torch for these cards, does both, and reads and writes each number once.
 
 A router's product in fp32 doesn't use the card's matrix units, and first writes its input in fp32.
 The one below is in bf16; its error is 4e-6 where logits are up to 5, that of fp32 is 1e-6.
@@ -62,8 +62,8 @@ def swiglu_grad(dh_PF: Tensor, gate_up_P2F: Tensor, weight_P1: Tensor) -> tuple[
 
 
 class RouterLogits(torch.autograd.Function):
-    """x W^T in fp32 for x in bf16, by one product in bf16 that adds up in fp32, where products of
-    two such numbers are exact: W is split into three matrices in bf16 whose sum it is."""
+    """x W^T in fp32, for x in bf16: W is the sum of three matrices in bf16. One product with all of
+    them does it, which adds up in fp32, where the product of two numbers in bf16 is exact."""
 
     @staticmethod
     def forward(ctx, x_ND, weight_ED):

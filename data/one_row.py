@@ -122,7 +122,7 @@ class RowStep(lamoe.Step):
             self.zero_1, self.eps_1 = torch.zeros(1), torch.tensor([c.norm_eps])
             self.eye_KK = torch.eye(c.head_size)
         self.threads = torch.get_num_threads()
-        if self.next == self.run_row or c.dim < 256:
+        if self.next == self.run_row or c.dim < 256:  # run_row takes more, where it pays
             self.next = on_one_thread(self.next)
 
     def run_row(self) -> None:

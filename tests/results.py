@@ -254,7 +254,7 @@ def default(args, given: str) -> None:
         bits = float(row["val_bits_per_byte"])
         print(
             f"seed {seed}: {bits:.3f} bits per byte, {100 * (bits / read_run(run).floor - 1):.2f}% "
-            f"above the floor; a recalled name costs {float(row['val_recall_bits']):.3f} bits; "
+            f"above the floor; a name told before costs {float(row['val_recall_bits']):.3f} bits; "
             f"{float(log[-1]['seconds']):.0f} s of training"
         )
         print(f"picture    {run}/loss.png")

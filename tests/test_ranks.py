@@ -26,6 +26,7 @@ CASES = {  # flags beyond the common ones
     "accumulated": "--grad_accum 2",
     "accumulated-fsdp": "--grad_accum 2 --fsdp",
     "muon-fsdp": "--muon_ffn --n_shared_experts 1 --n_dense_layers 1 --fsdp",
+    "adamw-fsdp": "--no-muon_ffn --n_shared_experts 1 --n_dense_layers 1 --fsdp",
     "dense": "--n_experts 1",
     "frozen": "--freeze_router",
     "frozen-fsdp": "--freeze_router --router deepseek --fsdp",

@@ -183,9 +183,9 @@ def can_record(run) -> bool:
 
 
 def keep_masters(run) -> None:
-    """Puts what Muon trains into bf16, if a step is to be recorded. Before the model is compiled,
-    for that looks at dtypes; so not with a router of one's own, which may turn out not to compile.
-    (Several micro-steps would add their gradients in bf16.)
+    """Puts what Muon trains into bf16, if steps will be recorded. Compiling comes after it, as it
+    looks at dtypes: so not with a router of one's own, which may turn out not to compile; nor with
+    several micro-steps, whose gradients would add up in bf16.
     """
     settings, is_ours = run.settings, run.model.config.router in BUILT_IN
     if can_record(run) and is_ours and settings.dtype == "bf16" and settings.grad_accum == 1:
@@ -196,7 +196,7 @@ def recorded(take_step, run):
     """take_step as a CUDA graph, if it runs on one GPU, compiled; else itself."""
     works = run.is_compiled and can_record(run)
     for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
-        group["lr"] = torch.tensor(float(group["lr"]), device="cuda") if works else 0.0
+        group["lr"] = torch.zeros((), device="cuda") if works else 0.0  # set_rates fills it
         if "capturable" in group:  # AdamW wants to be told
             group["capturable"] = works
     if works:
@@ -205,8 +205,8 @@ def recorded(take_step, run):
 
 
 def compile_muon(muon) -> None:
-    """Compiles Muon's step, by one from nothing at a rate of 0. (In a recorded step that pays; else
-    starting it costs Python more than it saves the GPU.)
+    """Compiles Muon's step, by taking one that moves nothing: gradients of 0, a rate of 0, and a
+    state that is thrown away. (In a recorded step that pays; else Python needs longer to start it.)
     """
     if not isinstance(muon.move, Masters):  # which compiles it
         muon.move = torch.compile(muon.move, dynamic=False)

@@ -12,8 +12,8 @@ import torch
 
 
 class Masters:
-    """Muon's move for a model in bf16, whose state_dict() gives the masters from then on. To load a
-    state_dict comes before this."""
+    """Muon's move for a model in bf16, whose state_dict() gives the masters from then on. A
+    state_dict is loaded before this, into fp32."""
 
     def __init__(self, model, muon):
         self.plain, self.move = muon.move, torch.compile(self.move, dynamic=False)
