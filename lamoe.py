@@ -73,7 +73,7 @@ class Config:
         return ROUTERS[self.router].n_active(self)
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(Config):  # not those of a subclass
             self.check_field(field.name, field.type, getattr(self, field.name))
         heads, experts, pair = self.n_heads, self.n_experts, 2 * self.n_heads
         near = max(pair, self.dim // pair * pair)  # RoPE turns pairs: a head has an even width
@@ -190,7 +190,7 @@ def plain_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS=None
     (B, H, T, K), (G, S) = q_BHTK.shape, k_BGSK.shape[1:3]
     if mask_TS is None:
         mask_TS = q_BHTK.new_full((T, S), -torch.inf).triu(S - T + 1)
-    q, k, v = q_BHTK.reshape(B * G, -1, K), k_BGSK.flatten(0, 1), v_BGSK.flatten(0, 1)
+    q, k, v = q_BHTK.reshape(B * G, H // G * T, K), k_BGSK.flatten(0, 1), v_BGSK.flatten(0, 1)
     scores = torch.baddbmm(mask_TS.repeat(H // G, 1), q, k.transpose(1, 2), alpha=K**-0.5)
     return torch.bmm(scores.softmax(-1), v).view(B, H, T, K)
 
@@ -219,16 +219,15 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD, cos_TK, sin_TK, attention=plain_attention, append=None) -> Tensor:
         """attention: the code to use (section 6); append: what brings earlier keys from a cache."""
-        B, T, _ = x_BTD.shape
-        heads = (B, T, -1, self.head_size)
-        q_BHTK = self.q_norm(self.q_proj(x_BTD).view(heads)).transpose(1, 2)
-        k_BGTK = self.k_norm(self.k_proj(x_BTD).view(heads)).transpose(1, 2)
-        v_BGTK = self.v_proj(x_BTD).view(heads).transpose(1, 2)
+        heads = (-1, self.head_size)
+        q_BHTK = self.q_norm(self.q_proj(x_BTD).unflatten(-1, heads)).transpose(1, 2)
+        k_BGTK = self.k_norm(self.k_proj(x_BTD).unflatten(-1, heads)).transpose(1, 2)
+        v_BGTK = self.v_proj(x_BTD).unflatten(-1, heads).transpose(1, 2)
         q_BHTK, k_BGTK = (apply_rope(x, cos_TK, sin_TK) for x in (q_BHTK, k_BGTK))
         if append is not None:
             k_BGTK, v_BGTK = append(k_BGTK, v_BGTK)
         y_BHTK = attention(q_BHTK, k_BGTK, v_BGTK)
-        return self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(y_BHTK.transpose(1, 2).flatten(2))
 
 
 # --- 3. Experts, and the plain sparse layer -------------------------------------------------------
@@ -258,7 +257,8 @@ class Experts(nn.Module):
     def __init__(self, n_experts: int, dim: int, hidden_dim: int):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(n_experts, 2 * hidden_dim, dim))
-        self.down_proj = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
+        self.down_proj = nn.Parameter(torch.zeros(n_experts, dim, hidden_dim))
+        nn.init.normal_(self.gate_up_proj, std=0.02)
 
 
 def run_expert(x_PD: Tensor, weight_P1: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -284,8 +284,8 @@ def plain_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: Te
     >>> torch.allclose(y, plain_moe(experts, x, choices, weights), atol=1e-4)
     True
     """
-    # unbind, not [e]: the backward of [e] would add up E gradients of the full size.
-    gate_up_E, down_E = (p.to(x_ND.dtype).unbind() for p in experts.parameters())
+    gate_up_E = experts.gate_up_proj.to(x_ND.dtype).unbind()  # not [e]: its backward would add up
+    down_E = experts.down_proj.to(x_ND.dtype).unbind()  # E gradients of the full size
     expert_E11 = torch.arange(len(down_E), device=x_ND.device)[:, None, None]
     # Found in (E, N, A), so in the order of experts; a pair of weight 0 (dropped) is left out.
     expert_P, token_P, choice_P = torch.where((experts_NA == expert_E11) & (weights_NA != 0))
@@ -354,7 +354,7 @@ def sorted_moe(experts: Experts, x_ND: Tensor, experts_NA: Tensor, weights_NA: T
     # The weights go out in the same order: each is a row of its own here, copied once.
     weight_P1 = weights_NA.to(x_ND.dtype).reshape(-1, 1)
     weight_P1 = Gather.apply(weight_P1, order_P[:, None], slot_P[:, None])
-    gate_up, down = (p.to(x_ND.dtype) for p in experts.parameters())
+    gate_up, down = experts.gate_up_proj.to(x_ND.dtype), experts.down_proj.to(x_ND.dtype)
     return Gather.apply(run_grouped(x_PD, weight_P1, gate_up, down, ends_E), slot_NA, token_P1)
 
 
@@ -400,7 +400,7 @@ class Router(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.config = c
-        self.weight = nn.Parameter(torch.empty(c.n_experts, c.dim))  # a row per expert
+        self.weight = nn.Parameter(nn.init.normal_(torch.empty(c.n_experts, c.dim), std=0.02))
 
     @staticmethod
     def n_active(c: Config) -> int:  # experts that a token is sent to, at most
@@ -468,7 +468,7 @@ class Noisy(Router):
 
     def __init__(self, c: Config):
         super().__init__(c)
-        self.noise_weight = nn.Parameter(torch.empty(c.n_experts, c.dim))
+        self.noise_weight = nn.Parameter(torch.zeros(c.n_experts, c.dim))
 
     def init_weights(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
@@ -571,7 +571,7 @@ class DeepSeek(Router):
         # Eq. 18 counts the highest scores, not those chosen: the bias evens out the load already.
         best_NA = self.choose_in_groups(scores_NE)
         hot_NE = torch.zeros_like(scores_NE).scatter(1, best_NA, 1.0)
-        share_BE, probs_BE = (x.view(*x_BTD.shape[:2], -1).mean(1) for x in (hot_NE, probs_NE))
+        share_BE, probs_BE = (x.unflatten(0, (len(x_BTD), -1)).mean(1) for x in (hot_NE, probs_NE))
         balance = c.n_experts / c.top_k * (share_BE * probs_BE).sum(-1).mean()
         load_E = self.load(experts_NA)
         return Routing(experts_NA, weights_NA, probs_NE, load_E, c.sequence_weight * balance)
@@ -600,7 +600,7 @@ class MoE(nn.Module):
         routing, dtype = self.router(x_BTD, ids_BT), compute_dtype(x_BTD)
         if routing.load_E is None:
             routing = routing._replace(load_E=self.router.load(routing.experts_NA))
-        x_ND = x_BTD.flatten(0, 1).to(dtype)  # nn.Linear asks autocast by itself
+        x_ND = x_BTD.flatten(0, -2).to(dtype)  # nn.Linear asks autocast by itself
         y_ND = moe(self.experts, x_ND, routing.experts_NA, routing.weights_NA)
         y_BTD = y_ND.view_as(x_BTD).to(dtype)  # autocast makes a sum fp32
         return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), routing
@@ -750,11 +750,11 @@ def filter_logits(logits_BV, temperature=1.0, top_k=None, top_p=None, min_p=None
     k likeliest, min_p those at least min_p times the highest, top_p the fewest that sum to top_p.
     """
     logits_BV = logits_BV / temperature
-    if top_k is not None:
+    if top_k:
         kth_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
     if min_p is not None:
-        least_B1 = logits_BV.amax(-1, keepdim=True) + math.log(max(min_p, 1e-30))
+        least_B1 = logits_BV.amax(-1, keepdim=True) + math.log(min(1, max(min_p, 1e-30)))
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
     if top_p is not None and top_p < 1:  # at 1, rounding of the running sum would remove some
         sorted_BV, order_BV = logits_BV.sort(descending=True, stable=True)
@@ -785,7 +785,7 @@ def sample(logits_BV: Tensor, noise_BV: Tensor, temperature: float = 1.0, *filte
 def moe_one(experts: Experts, x_1D: Tensor, experts_1A: Tensor, weights_1A: Tensor) -> Tensor:
     """plain_moe for one token: nothing to sort."""
     (experts_A,), (weights_A,) = experts_1A, weights_1A.to(x_1D.dtype)
-    gate_up, down = experts.parameters()
+    gate_up, down = experts.gate_up_proj, experts.down_proj
     if not (x_1D.is_cuda or torch.compiler.is_compiling()):
         rows = zip(experts_A.tolist(), weights_A.tolist(), weights_A, strict=True)
         y_A = [run_expert(x_1D, weight, gate_up[e], down[e]) for e, w, weight in rows if w]
@@ -901,7 +901,7 @@ def generate(
     if model.training:
         raise ValueError("generate needs the model in evaluation mode; call model.eval() first")
     (B, T), c, is_cuda = ids_BT.shape, model.config, ids_BT.is_cuda
-    n_new = min(max_new_tokens, c.seq_len - T)
+    n_new = min(max_new_tokens, abs(c.seq_len - T))  # below 0: reading such a prompt will say so
     length = min(c.seq_len, -(-(T + max(0, n_new)) // 256) * 256)  # few: kernels are made for each
     step = Step(model, B, length, (temperature, top_k, top_p, min_p), repetition_penalty, stop)
     # What asks the GPU for numbers: a loop over experts, products before Hopper, maybe own routers.
@@ -937,7 +937,7 @@ def count_parameters(model: LaMoE) -> dict[str, tuple[int, int]]:
         elif ".ffn.experts." in name:
             part, share = "experts", c.n_active / c.n_experts
         elif weight.dim() > 1 or ".router." in name:
-            part = next(p for p in ("router", "attn", "ffn", "head") if p in name)
+            part = next((p for p in ("router", "attn", "ffn", "head") if p in name), "other")
         rows.setdefault(part, []).append((weight.numel(), round(weight.numel() * share)))
     parts = {part: tuple(map(sum, zip(*of_part, strict=True))) for part, of_part in rows.items()}
     return {**parts, "all": tuple(map(sum, zip(*parts.values(), strict=True)))}

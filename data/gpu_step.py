@@ -198,7 +198,7 @@ class FewKernels:
 
     def draw(self, logits_BV, noise_BV, temperature, top_k=None, top_p=None, min_p=None) -> Tensor:
         """lamoe.sample without top_k and top_p."""
-        (B, V), least = logits_BV.shape, math.log(max(min_p or 0, 1e-30))
+        (B, V), least = logits_BV.shape, math.log(min(1, max(min_p or 0, 1e-30)))
         draw_kernel[(B,)](
             logits_BV.contiguous(), noise_BV, self.ids_B, V, temperature, least, **DRAW
         )

@@ -94,6 +94,19 @@ def test_config_allows_any_top_k_for_a_dense_model():
     assert lamoe.Config(vocab_size=9, n_experts=1, top_k=2).n_experts == 1
 
 
+def test_a_subclass_of_config_has_fields_of_its_own():
+    """Of whatever type, written as a string too, as under `from __future__ import annotations`."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Mine(lamoe.Config):
+        n_registers: "int" = 0
+        kinds: list[str] = dataclasses.field(default_factory=list)
+
+    assert Mine(9, kinds=["a"]).n_registers == 0
+    with pytest.raises(ValueError, match="n_layers=0"):
+        Mine(9, n_layers=0)
+
+
 # ---------------------------------------------------------------------------------------------
 # RMSNorm and RoPE
 # ---------------------------------------------------------------------------------------------
@@ -551,6 +564,13 @@ def generated(model, ids_BT, *args, **kwargs):
     return [list(row) for row in zip(*steps, strict=True)]
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_no_texts_and_no_tokens_have_no_logits(shape):
+    """The last batch of a split may be empty, on one of several processes."""
+    model = random_model(small_config())
+    assert model(torch.zeros(shape, dtype=torch.long)).logits.shape == (*shape, 23)
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("changes", [dict(), dict(n_experts=1, n_kv_heads=1)])
 def test_greedy_generation_equals_argmax_without_cache(router, changes):
@@ -573,6 +593,11 @@ def test_generate_past_context_stops(prompt, expected):
     model = counting_model(seq_len=16)
     ids_BT = torch.zeros(2, prompt, dtype=torch.long)
     assert len(list(model.generate(ids_BT, 100, temperature=0))) == expected
+
+
+def test_generate_refuses_a_prompt_beyond_the_context():
+    with pytest.raises(ValueError, match="17 tokens do not fit the context of seq_len=16"):
+        next(counting_model(seq_len=16).generate(torch.zeros(1, 17, dtype=torch.long), 5))
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
@@ -702,6 +727,7 @@ def test_filters_together_never_leave_nothing(seed, k, min_p, top_p):
     [
         dict(top_k=1),
         dict(min_p=1.0),
+        dict(min_p=5.0),
         dict(top_p=1e-9),
         dict(top_p=0.0),
     ],
@@ -711,7 +737,9 @@ def test_the_strictest_filter_leaves_the_most_likely(most):
     assert torch.equal(lamoe.filter_logits(random_logits(0), **most), best_BV)
 
 
-@pytest.mark.parametrize("idle", [dict(top_k=12), dict(top_k=99), dict(top_p=1.0), dict(min_p=0.0)])
+@pytest.mark.parametrize(
+    "idle", [dict(top_k=12), dict(top_k=99), dict(top_k=0), dict(top_p=1.0), dict(min_p=0.0)]
+)
 def test_idle_filters_change_nothing(idle):
     assert_close(lamoe.filter_logits(random_logits(0), **idle), random_logits(0).softmax(-1), 1e-6)
 
@@ -781,6 +809,17 @@ def test_parameters_counted_by_hand(tied):
         expected["head"] = (V * D, V * D)
     expected["all"] = tuple(sum(column) for column in zip(*expected.values(), strict=True))
     assert parts == expected
+
+
+def test_what_a_subclass_adds_is_counted():
+    class WithValue(lamoe.LaMoE):
+        def __init__(self, config):
+            super().__init__(config)
+            self.value = torch.nn.Linear(config.dim, 1, bias=False)
+
+    parts = lamoe.count_parameters(WithValue(small_config()))
+    assert parts["other"] == (D, D)
+    assert parts["all"][0] == lamoe.count_parameters(lamoe.LaMoE(small_config()))["all"][0] + D
 
 
 def test_dense_parameters_are_all_active_but_the_embedding():

@@ -137,7 +137,6 @@ def test_dispatch_gradients_check():
     def run(x_ND, weights_NA, gate_up_proj, down_proj):
         now = torch.nn.Module()
         now.gate_up_proj, now.down_proj = gate_up_proj, down_proj
-        now.parameters = lambda: (gate_up_proj, down_proj)
         return lamoe.plain_moe(now, x_ND, experts_NA, weights_NA)
 
     inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
@@ -173,6 +172,62 @@ def test_one_expert_builds_a_dense_model_without_router():
     assert all(isinstance(block.ffn, lamoe.SwiGLU) for block in model.blocks)
     out = model(random_ids(model.config, 2, 5), return_experts=True)
     assert out.aux.item() == 0 and out.load.shape == (0, 1) and out.experts is None
+
+
+# ---------------------------------------------------------------------------------------------
+# The layer in someone else's model
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_layer_of_its_own_begins_as_one_in_the_model(router):
+    """Memory that nobody filled would be NaN, or, worse, numbers of an earlier tensor."""
+    c = small_config(router=router, dim=64, n_experts=8, n_shared_experts=1)
+    model, inside = lamoe.LaMoE(c), torch.randn(2, 3, c.dim)
+    junk = [torch.full((512, 64), torch.nan) for _ in range(20)]
+    del junk
+    for alone, path in ((lamoe.MoE(c), "ffn"), (lamoe.ROUTERS[router](c), "ffn.router")):
+        theirs = model.get_submodule(f"blocks.0.{path}").state_dict()
+        for name, weight in alone.state_dict().items():
+            if not name.startswith("shared."):  # its nn.Linear begins as torch has it
+                assert abs(weight.std() - theirs[name].std()) < 2e-3, name
+    y_BTD, routing = lamoe.MoE(c)(inside)
+    assert y_BTD.isfinite().all() and routing.weights_NA.isfinite().all()
+
+
+@pytest.mark.parametrize("router", ["topk", "noisy", "deepseek"])
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 4)])
+def test_a_layer_takes_the_tokens_of_an_image_or_a_list(router, shape):
+    layer = randomise(lamoe.MoE(small_config(router=router)))
+    x = torch.randn(*shape, 16, generator=torch.Generator().manual_seed(0))
+    rows = layer.eval()(x.reshape(1, -1, 16))[0]
+    assert_close(layer(x)[0], rows.view_as(x), 1e-6)
+    assert layer.train()(x)[1].load_E.sum().item() == pytest.approx(1)
+
+
+def test_the_sequences_of_the_deepseek_loss_are_images():
+    layer = randomise(lamoe.MoE(small_config(router="deepseek")))
+    x = torch.randn(2, 3, 4, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(layer(x)[1].balance, layer(x.flatten(1, 2))[1].balance)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("moe", [lamoe.plain_moe, lamoe.sorted_moe, lamoe.moe_one])
+@pytest.mark.parametrize("names", [["gate_up_proj"], ["gate_up_proj", "down_proj"]])
+def test_a_parametrization_of_the_experts_counts(moe, names):
+    """As adapters are put on them. Asked for its parameters, a module gives what lies below."""
+    N = 1 if moe is lamoe.moe_one else 5
+    experts, experts_NA, (x_ND, weights_NA, *_) = dispatch_case(N, 2, 4, 8, 8, "random", 0)
+    weights = {name: weight.detach().clone() for name, weight in experts.named_parameters()}
+    for name in names:
+        torch.nn.utils.parametrize.register_parametrization(experts, name, Doubled())
+        weights[name] *= 2
+    loop_ND = loop_over_experts(x_ND, experts_NA, weights_NA, *weights.values())
+    assert_close(moe(experts, x_ND, experts_NA, weights_NA), loop_ND, 2e-6)
 
 
 # ---------------------------------------------------------------------------------------------
