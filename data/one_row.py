@@ -11,12 +11,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import silu
 
 import lamoe
 from data.run.machine import has_compiler
 
+PARTS = {lamoe.Block, lamoe.Attention, lamoe.MoE, lamoe.Experts, lamoe.SwiGLU, lamoe.RMSNorm}
+PARTS |= {nn.ModuleList, nn.Linear, nn.Identity}
 LARGE = 2**18  # numbers in a matrix: below, two threads take longer to meet than to multiply
 
 
@@ -48,6 +50,19 @@ def norm_rows(x_R1K: Tensor, weight: Tensor, eps_1: Tensor) -> Tensor:
     """RMSNorm of each row: its sum of squares is a product, too."""
     scale_R11 = torch.baddbmm(eps_1, x_R1K, x_R1K.mT, alpha=1 / x_R1K.shape[-1]).rsqrt_()
     return x_R1K * weight * scale_R11
+
+
+def is_as_made(model: lamoe.LaMoE) -> bool:
+    """Whether weights tell what each part does: none was replaced or parametrized (as adapters do),
+    has a bias, a hook or a forward of its own. What is written out would pass all that by.
+    """
+    for path, part in (*model.blocks.named_modules(), ("norm", model.norm), ("head", model.head)):
+        is_other = type(part) not in PARTS or getattr(part, "bias", None) is not None
+        if is_other and "router" not in path.split("."):  # another router is asked itself
+            return False
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+            return False
+    return True
 
 
 class Layer:
@@ -106,7 +121,7 @@ class RowStep(lamoe.Step):
         """On an NVIDIA card few kernels of our own, where they fit; else the compiler's, if any."""
         from data import gpu_step  # here: importing Triton takes a second
 
-        if self.position.is_cuda and gpu_step.covers(self):
+        if self.position.is_cuda and is_as_made(self.model) and gpu_step.covers(self):
             self.next = gpu_step.FewKernels(self)
         elif has_compiler(self.position.device.type):
             super().compile()
@@ -116,7 +131,8 @@ class RowStep(lamoe.Step):
         m, c = self.model, self.model.config
         if len(ids_BT) > 1 or ids_BT.device.type != "cpu":
             return
-        if self.next == self.run and self.dtype == torch.float32:  # else it is compiled
+        is_plain = self.next == self.run and self.dtype == torch.float32  # else it is compiled
+        if is_plain and is_as_made(m):
             self.next, self.layers = self.run_row, [Layer(block, c) for block in m.blocks]
             self.norm, self.head = m.norm.weight.detach(), halves(m.head.weight)
             self.zero_1, self.eps_1 = torch.zeros(1), torch.tensor([c.norm_eps])

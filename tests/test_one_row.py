@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import random_ids, random_model, small_config, with_biases, writte
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lamoe
-from data import one_row
+from data import gpu_step, one_row
 from data.exchange import load
 from data.run.routers import router_name
 
@@ -105,6 +106,58 @@ def test_all_else_is_written_by_the_plain_step(why):
     context = torch.autocast("cpu", torch.bfloat16) if why == "autocast" else nullcontext()
     with context:
         step = begun(model, 1 + (why == "batch"))
+    assert step.next == step.run
+
+
+def add_bias(model):
+    layer = model.blocks[0].attn.q_proj
+    layer.bias = torch.nn.Parameter(torch.ones(len(layer.weight)))
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def put_on(path):
+    """A function that doubles a part's output by a hook."""
+    return lambda model: model.get_submodule(path).register_forward_hook(lambda *a: 2 * a[2])
+
+
+CHANGES = {
+    "hook": put_on("blocks.0.attn"),
+    "hook in the head": put_on("head"),
+    "hook before": lambda model: model.norm.register_forward_pre_hook(lambda m, a: (-a[0],)),
+    "hook in a router": lambda model: model.blocks[1].ffn.router.register_forward_hook(
+        lambda m, a, routing: routing._replace(weights_NA=routing.weights_NA.flip(1))
+    ),
+    "adapter": lambda model: setattr(
+        model.blocks[0].attn, "v_proj", torch.nn.Sequential(model.blocks[0].attn.v_proj, Doubled())
+    ),
+    "parametrization": lambda model: torch.nn.utils.parametrize.register_parametrization(
+        model.blocks[0].ffn.experts, "down_proj", Doubled()
+    ),
+    "forward": lambda model: setattr(model.blocks[1].ffn.shared, "forward", torch.zeros_like),
+    "bias": add_bias,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_put_on_a_model_counts_when_it_writes(change):
+    """What is written out knows weights alone, so such a model is for the plain step."""
+    model = random_model(small_config(n_shared_experts=1))
+    ids_BT, before = random_ids(model.config, 1, 3), model(torch.tensor([[1, 2, 3]])).logits
+    CHANGES[change](model)
+    assert not torch.allclose(model(torch.tensor([[1, 2, 3]])).logits, before), "it changes nothing"
+    ids, logits = written(one_row.RowStep, model, ids_BT, 9, temperature=0.0)
+    all_BT = torch.cat((ids_BT, ids.T), dim=1)[:, :-1]
+    with torch.no_grad():
+        assert (logits[:, 0] - model(all_BT).logits[0, 2:]).abs().max() < 1e-4
+    step = one_row.RowStep(model, 1, 9, (0.0,), 1.0, None)
+    step.position = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    kernels = mock.patch.multiple(gpu_step, covers=lambda step: True, FewKernels=lambda step: None)
+    with kernels, mock.patch.object(one_row, "has_compiler", lambda device: False):
+        step.compile()
     assert step.next == step.run
 
 
