@@ -658,6 +658,24 @@ def test_a_model_that_no_family_expresses_is_refused_with_the_reason(fields, wor
     assert not Path("folder").exists()
 
 
+def add_hook(model):
+    model.head.register_forward_hook(lambda *a: 2 * a[2])
+
+
+def add_adapter(model):
+    model.blocks[0].attn.q_proj = torch.nn.Sequential(model.blocks[0].attn.q_proj)
+
+
+@pytest.mark.parametrize("put_on", [add_hook, add_adapter])
+@pytest.mark.parametrize("out", ["folder", "model.gguf"])
+def test_a_model_that_is_more_than_its_weights_is_refused(put_on, out):
+    """What was written would be another model, or no model."""
+    model = random_model(small_config())
+    put_on(model)
+    assert_refused(["adapter", "merge"], lambda: export(model, None, out))
+    assert not Path(out).exists()
+
+
 @pytest.mark.parametrize(
     "fields", [dict(qk_norm=True), dict(n_shared_experts=1), dict(n_experts=1, qk_norm=True)]
 )
