@@ -190,7 +190,7 @@ def plain_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_TS=None
     (B, H, T, K), (G, S) = q_BHTK.shape, k_BGSK.shape[1:3]
     if mask_TS is None:
         mask_TS = q_BHTK.new_full((T, S), -torch.inf).triu(S - T + 1)
-    q, k, v = q_BHTK.reshape(B * G, H // G * T, K), k_BGSK.flatten(0, 1), v_BGSK.flatten(0, 1)
+    q, k, v = q_BHTK.reshape(B * G, -1, K), k_BGSK.flatten(0, 1), v_BGSK.flatten(0, 1)
     scores = torch.baddbmm(mask_TS.repeat(H // G, 1), q, k.transpose(1, 2), alpha=K**-0.5)
     return torch.bmm(scores.softmax(-1), v).view(B, H, T, K)
 
@@ -219,10 +219,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD, cos_TK, sin_TK, attention=plain_attention, append=None) -> Tensor:
         """attention: the code to use (section 6); append: what brings earlier keys from a cache."""
-        heads = (-1, self.head_size)
-        q_BHTK = self.q_norm(self.q_proj(x_BTD).unflatten(-1, heads)).transpose(1, 2)
-        k_BGTK = self.k_norm(self.k_proj(x_BTD).unflatten(-1, heads)).transpose(1, 2)
-        v_BGTK = self.v_proj(x_BTD).unflatten(-1, heads).transpose(1, 2)
+        heads = (*x_BTD.shape[:2], -1, self.head_size)
+        q_BHTK = self.q_norm(self.q_proj(x_BTD).view(heads)).transpose(1, 2)
+        k_BGTK = self.k_norm(self.k_proj(x_BTD).view(heads)).transpose(1, 2)
+        v_BGTK = self.v_proj(x_BTD).view(heads).transpose(1, 2)
         q_BHTK, k_BGTK = (apply_rope(x, cos_TK, sin_TK) for x in (q_BHTK, k_BGTK))
         if append is not None:
             k_BGTK, v_BGTK = append(k_BGTK, v_BGTK)

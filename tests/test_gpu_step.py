@@ -229,7 +229,7 @@ def test_triton_that_can_not_compile_is_none(monkeypatch):
 def test_what_compiling_means(is_cuda, is_covered, has_compiler, monkeypatch):
     step = object.__new__(one_row.RowStep)
     step.position = SimpleNamespace(is_cuda=is_cuda, device=torch.device("cpu"))
-    step.next = "as it is"
+    step.next, step.model = "as it is", random_model(small_config())
     monkeypatch.setattr(gpu_step, "covers", lambda step: is_covered)
     monkeypatch.setattr(gpu_step, "FewKernels", lambda step: "few kernels")
     monkeypatch.setattr(one_row, "has_compiler", lambda device: has_compiler)

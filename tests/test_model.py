@@ -564,13 +564,6 @@ def generated(model, ids_BT, *args, **kwargs):
     return [list(row) for row in zip(*steps, strict=True)]
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
-def test_no_texts_and_no_tokens_have_no_logits(shape):
-    """The last batch of a split may be empty, on one of several processes."""
-    model = random_model(small_config())
-    assert model(torch.zeros(shape, dtype=torch.long)).logits.shape == (*shape, 23)
-
-
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("changes", [dict(), dict(n_experts=1, n_kv_heads=1)])
 def test_greedy_generation_equals_argmax_without_cache(router, changes):

@@ -114,6 +114,11 @@ def add_bias(model):
     layer.bias = torch.nn.Parameter(torch.ones(len(layer.weight)))
 
 
+class NegatedNorm(lamoe.RMSNorm):
+    def forward(self, x):
+        return -super().forward(x)
+
+
 class Doubled(torch.nn.Module):
     def forward(self, x):
         return 2 * x
@@ -134,6 +139,7 @@ CHANGES = {
     "adapter": lambda model: setattr(
         model.blocks[0].attn, "v_proj", torch.nn.Sequential(model.blocks[0].attn.v_proj, Doubled())
     ),
+    "subclass": lambda model: setattr(model.norm, "__class__", NegatedNorm),
     "parametrization": lambda model: torch.nn.utils.parametrize.register_parametrization(
         model.blocks[0].ffn.experts, "down_proj", Doubled()
     ),
