@@ -36,7 +36,15 @@ from data.run.files import replacing  # noqa: E402
 from data.run.flags import OneLineParser, one_line_errors  # noqa: E402
 from data.unpack import PACKED  # noqa: E402
 
-CACHE = Path(__file__).parent / "cache"  # drawn text, tables of documents, ids; git ignores it
+
+def cache_folder() -> Path:
+    """Beside this file (git ignores it), or at home where others installed it."""
+    beside = Path(__file__).parent / "cache"
+    is_ours = os.access(beside if beside.exists() else beside.parent, os.W_OK)
+    return beside if is_ours else Path(os.path.expanduser("~/.cache/lamoe"))
+
+
+CACHE = cache_folder()  # drawn text, tables of documents, ids
 SETS = Path(__file__).parent / "sets"  # downloads, a folder each; git ignores it
 KINDS = ("rest", "choice", "recall")  # what a byte of a drawn corpus is
 DRAWN = {"stories": stories, "facts": facts}  # corpora we write ourselves, with an exact floor
@@ -101,14 +109,14 @@ class Corpus(NamedTuple):
 
 
 def read(
-    name: str, text_column: str = "", train_bytes: int = 0, progress=None, suffix: str = ""
+    name: str | os.PathLike, text_column="", train_bytes=0, progress=None, suffix: str = ""
 ) -> Corpus:
     """The corpus called `name`. ValueError names the cause and a remedy.
 
     text_column: of tables, else guessed. train_bytes: of a drawn corpus, else its own. suffix: of a
     folder's files only these, ".py,.md".
     """
-    if name in DRAWN:
+    if (name := os.fspath(name)) in DRAWN:
         return read_drawn(name, train_bytes)
     is_one = name and os.path.exists(find_path(name))  # Path.exists raises at many names
     parts = [name] if is_one else [part.strip() for part in name.split(",")]

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +55,19 @@ def test_one_document_is_split_by_position_and_the_last_tenth_is_for_validation(
     assert len(*corpus.train) == int(0.9 * len(text))
     assert "last 10%" in corpus.how
     assert corpus.kind_of_byte is None and corpus.floor_bits is None
+
+
+def test_a_path_is_a_name(tmp_path):
+    (tmp_path / "book.txt").write_text("a b c d e f g h i j")
+    assert datasets.read(tmp_path / "book.txt").key == datasets.read(f"{tmp_path}/book.txt").key
+
+
+def test_what_others_installed_keeps_its_cache_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
+    assert datasets.cache_folder() == Path(datasets.__file__).parent / "cache"
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    assert datasets.cache_folder() == tmp_path / ".cache" / "lamoe"
 
 
 def test_documents_are_separated_by_lines_and_by_nothing_else(tmp_path):
