@@ -267,6 +267,13 @@ def test_many_shards_of_any_number_format_are_read(kind, dtype):
     )
 
 
+def test_a_model_in_double_precision_comes_back():
+    model = random_model(small_config())
+    export(model.double(), None, "folder")
+    assert load("folder")[0].embed.weight.dtype == torch.float32
+    assert_same_logits(model.float(), load("folder")[0])
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("kind, n_dense", [("mixtral", 0), ("qwen3_moe", 0), ("qwen3_moe", 1)])
 @pytest.mark.parametrize("shard_size", ["5GB", "2KB"])

@@ -922,6 +922,31 @@ def test_load_refuses_a_pickle_that_executes_code(tmp_path, as_torch):
     assert sprung.exists()  # so the trap was a real one
 
 
+def test_load_names_an_object_that_a_checkpoint_holds(tmp_path):
+    """torch's own words begin with how to read it all the same, in bold."""
+    checkpoint = checkpoint_of(random_model(small_config()))
+    path = saved(tmp_path, {**checkpoint, "config": small_config()})
+    assert_refused(path, r"it holds a lamoe\.Config, not only .* asdict")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        "_orig_mod.{}".format,
+        "module.{}".format,
+        "_orig_mod.module.{}".format,
+        lambda name: name.replace(".attn.", "._orig_mod.attn."),
+    ],
+)
+def test_load_takes_the_weights_of_a_wrapped_model(tmp_path, wrap):
+    """As torch.compile and DDP name them, around a model or around its blocks."""
+    model = random_model(small_config())
+    checkpoint = checkpoint_of(model)
+    checkpoint["model"] = {wrap(name): weight for name, weight in checkpoint["model"].items()}
+    loaded, _ = exchange.load(saved(tmp_path, checkpoint))
+    assert_close(loaded(torch.tensor([[1, 2]])).logits, model(torch.tensor([[1, 2]])).logits, 1e-6)
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"model": {}}, {"config": {}}, torch.zeros(3)])
 def test_load_refuses_what_is_no_checkpoint(tmp_path, content):
     assert_refused(saved(tmp_path, content), "not a LaMoE checkpoint")

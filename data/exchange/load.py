@@ -169,5 +169,5 @@ def check_tensors(expected: dict[str, Tensor], files: dict, tied: bool) -> None:
         stored = files[name].get_slice(name)
         if stored.get_shape() != [*tensor.shape]:
             raise ValueError(f"{name} is {stored.get_shape()}, by its config {[*tensor.shape]}")
-        if stored.get_dtype() not in ("F32", "BF16", "F16"):
-            raise ValueError(f"{name} is in {stored.get_dtype()}; only F32, BF16, F16 are read")
+        if stored.get_dtype() not in ("F64", "F32", "BF16", "F16"):
+            raise ValueError(f"{name} is in {stored.get_dtype()}; only floats are read, F16 to F64")

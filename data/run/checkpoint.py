@@ -6,6 +6,7 @@ A checkpoint is a dict that torch.save wrote. Every one has "config" (fields of 
 
 import contextlib
 import os
+import re
 import sys
 import zipfile
 from types import NoneType
@@ -19,6 +20,8 @@ from data.foreign import tokenizer_from_state
 from data.run.files import replacing
 from data.run.flags import first_line
 from data.run.routers import BUILT_IN, FILES, RouterNeeded, check_router, with_built_in
+
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|_orig_mod\.")  # in names, of DDP and torch.compile
 
 
 def save(path, checkpoint: dict) -> None:
@@ -42,6 +45,10 @@ def read(path) -> dict:
         raise OSError(f"{path} can't be read: {error.strerror or error}") from None
     except Exception as error:  # zip, pickle and unpickling errors have no common class
         reason = first_line(error)[:120]
+        if held := re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error)):
+            reason = (
+                f"it holds a {held[1]:.80}, not only tensors and plain types, as those of asdict"
+            )
         raise ValueError(
             f"{path} is not a readable checkpoint ({reason}); use another, or train again"
         ) from None
@@ -93,9 +100,10 @@ def build(checkpoint: dict, path):
     router = check_router(checkpoint["config"], path)
     try:
         config = lamoe.Config(**checkpoint["config"])
-        check_shapes(config, checkpoint["model"])
+        weights = {WRAPPERS.sub("", name): w for name, w in checkpoint["model"].items()}
+        check_shapes(config, weights)
         model = lamoe.LaMoE(config)
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(weights)
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         if router in FILES:  # perhaps it is another one's file
