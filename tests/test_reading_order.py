@@ -1,6 +1,7 @@
 """In the files that are read from top to bottom, no name is met above its definition."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,18 @@ def used_too_early(source):
 @pytest.mark.parametrize("file", ["lamoe.py", "bpe.py"])
 def test_no_name_is_used_above_its_definition(file):
     assert used_too_early((ROOT / file).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("file, needs", [("lamoe.py", {"torch"}), ("bpe.py", {"numpy", "regex"})])
+def test_it_may_be_copied_alone(file, needs):
+    """Nowhere does it import what is not in Python or named here, inside of functions either."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    assert found - sys.stdlib_module_names == needs
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_run import TINY, call, make_text
 
 import bpe
@@ -202,6 +203,14 @@ def test_the_lines_of_python_run(workplace, monkeypatch, capsys):
     rows = capsys.readouterr().out.splitlines()[-len(names["sentence"]) :]
     pairs = r"\[[0-3], [0-3]\]"
     assert all(re.fullmatch(rf"'.*' \[{pairs}, {pairs}\]", row) for row in rows)
+
+
+def test_the_sparse_layer_fits_a_model_of_vectors():
+    (line,) = re.findall(r"`(y, routing = .*)`", README)
+    names = {**vars(lamoe), "x": torch.randn(2, 9, 64)}
+    exec(line, names)
+    y, routing = names["y"], names["routing"]
+    assert y.shape == (2, 9, 64) and routing.balance + routing.z > 0
 
 
 @pytest.mark.parametrize("file", ["lamoe.py", "bpe.py", "train.py", "sample.py"])
