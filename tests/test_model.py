@@ -922,6 +922,16 @@ def test_load_refuses_a_pickle_that_executes_code(tmp_path, as_torch):
     assert sprung.exists()  # so the trap was a real one
 
 
+def test_load_draws_no_numbers_that_it_would_overwrite(tmp_path):
+    """They took longer than reading the file; and what is drawn next is what a seed promised."""
+    model = random_model(small_config(router="noisy", n_shared_experts=1, qk_norm=True))
+    path, state = saved(tmp_path, checkpoint_of(model)), torch.get_rng_state()
+    loaded, _ = exchange.load(path)
+    assert torch.equal(torch.get_rng_state(), state)
+    for ours, read in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, read)
+
+
 def test_load_names_an_object_that_a_checkpoint_holds(tmp_path):
     """torch's own words begin with how to read it all the same, in bold."""
     checkpoint = checkpoint_of(random_model(small_config()))

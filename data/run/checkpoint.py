@@ -102,7 +102,8 @@ def build(checkpoint: dict, path):
         config = lamoe.Config(**checkpoint["config"])
         weights = {WRAPPERS.sub("", name): w for name, w in checkpoint["model"].items()}
         check_shapes(config, weights)
-        model = lamoe.LaMoE(config)
+        with Unfilled() if router in BUILT_IN else contextlib.nullcontext():
+            model = lamoe.LaMoE(config)
         model.load_state_dict(weights)
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
