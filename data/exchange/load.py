@@ -31,8 +31,9 @@ from data.run import checkpoint
 def load(path: str | os.PathLike, device: str = "cpu", dtype: torch.dtype | None = None):
     """(model in evaluation mode, tokenizer or None) from a checkpoint or a Hugging Face folder.
 
-    dtype: of the weights, torch.float32 or torch.bfloat16; None: as stored. A router stored in fp32
-    stays so, for it computes in fp32 anyway. From now on a CPU writes with data/one_row.py.
+    dtype: of the weights, torch.float32 or torch.bfloat16; None: as a folder stores them, and fp32
+    of a checkpoint. A router stored in fp32 stays so, for it computes in fp32 anyway. From now on a
+    CPU writes with data/one_row.py.
     """
     one_row.use()
     if os.path.isdir(path):
