@@ -547,8 +547,8 @@ class DeepSeek(Router):
     @torch.no_grad()
     def update_bias(self, load_E: Tensor) -> None:
         """Overloaded experts go down, others up; load_E is of the whole step, on all GPUs."""
-        step_E = self.config.bias_rate * torch.sign(load_E.mean() - load_E)
-        self.bias += step_E - step_E.mean()  # only differences count; the mean would drift
+        step_E = self.config.bias_rate * torch.sign(load_E.mean() - load_E)  # bf16 would lose it
+        self.bias = self.bias.float().add_(step_E - step_E.mean())  # the mean would only drift
 
     def choose_in_groups(self, scores_NE: Tensor) -> Tensor:
         c = self.config

@@ -237,6 +237,18 @@ def test_the_bias_evens_out_a_constant_preference():
     assert moe.router.bias.mean().abs() < 1e-6
 
 
+def test_the_bias_moves_in_a_model_in_bf16_too():
+    """There 0.5 and the next number are four steps apart. In fp32 it stays the same memory."""
+    router = moe_of("deepseek", n_experts=4).router
+    place = router.bias.data_ptr()
+    router.update_bias(torch.tensor([0.0, 0.5, 0.0, 0.5]))
+    assert router.bias.data_ptr() == place and router.bias.abs().min() > 0
+    router.bfloat16().bias.fill_(0.5)
+    for _ in range(20):
+        router.update_bias(torch.tensor([0.0, 0.5, 0.0, 0.5]))
+    assert torch.allclose(router.bias.float(), torch.tensor([0.52, 0.48, 0.52, 0.48]))
+
+
 def test_the_sequence_loss_is_one_when_uniform():
     moe = moe_of("deepseek", sequence_weight=1.0, n_experts=4, top_k=4).train()
     moe.router.weight.data.zero_()
