@@ -153,7 +153,7 @@ TABLE = {
     f"{HELLO} --top_k 0": ["--top_k", "0", "above 0"],
     f"{HELLO} --top_k few": ["--top_k", "'few'", "int"],
     f"{HELLO} --max_new_tokens 0": ["--max_new_tokens", "0", "above 0"],
-    f"{HELLO} --repetition_penalty 0": ["--repetition_penalty", "0", "above 0"],
+    f"{HELLO} --repetition_penalty 0": ["--repetition_penalty", "0 must", "from 0.01"],
     f"{HELLO} -n 0": ["-n", "0", "above 0"],
     f"{HELLO} -n 100000000": ["-n", "100000000", "at most 1024"],
     f"{HELLO} --stop ''": ["--stop", "at least one character"],

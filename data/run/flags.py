@@ -33,6 +33,18 @@ def number(kind, fits, must: str):
     return check
 
 
+def typed(text: str) -> str:
+    """An argparse type: a text as its bytes are in UTF-8; others become U+FFFD.
+
+    Python makes lone surrogates of bytes that the locale can't read, and no tokenizer takes these.
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return os.fsencode(text).decode(errors="replace")
+
+
 def add_flags(parser, cls, defaults: dict, choices: dict, types: dict) -> None:
     """A flag for each field of a dataclass; one that is not given is absent from the result.
 
