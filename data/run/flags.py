@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 import re
+import shlex
 import sys
 import typing
 
@@ -96,8 +97,15 @@ def first_line(error: BaseException) -> str:
 
 
 def quoted(path) -> str:
-    """A path as a command line needs it, of Windows too: shlex.quote's ' are none there."""
-    return f'"{path}"' if " " in f"{path}" else f"{path}"
+    """A path as a command line needs it, of Windows too: shlex.quote's ' are none there.
+
+    >>> print(*map(quoted, ("runs/a-1", "my book", "book(1).txt", "5 $")))
+    runs/a-1 "my book" "book(1).txt" '5 $'
+    """
+    text, is_windows = f"{path}", os.name == "nt"
+    if re.fullmatch(r"[\w./:+,@%=-]*", text.replace("\\", "/") if is_windows else text):
+        return text
+    return f'"{text}"' if is_windows or not re.search(r'[$`"\\!]', text) else shlex.quote(text)
 
 
 OWN_CODE: dict[str, str] = {}  # files of a router of one's own: absolute -> as it was named
