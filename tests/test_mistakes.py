@@ -465,3 +465,22 @@ def test_the_name_of_a_run_is_no_longer_than_a_file_may_have(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     folder = storage.new_folder({"data": ",".join(f"part-{n}.txt" for n in range(99))})
     assert len(folder.name) < 80
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes that have names")
+def test_a_pipe_is_told_from_a_file_that_is_not_there_or_empty(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    os.mkfifo("pipe")
+    try:
+        for program, *line in (
+            (train, "--data", "pipe", *TINY),
+            (sample, "--text", "pipe", "--model", "good.pt"),
+            (sample, "--score", "pipe", "--model", "good.pt"),
+        ):
+            assert call(program, *line) == 2
+            told = (
+                "error: pipe is a pipe or device, to be read once only; save its text in a file\n"
+            )
+            assert capsys.readouterr().err == told
+    finally:
+        os.unlink("pipe")
