@@ -321,5 +321,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors(stopped="stopped; the same command goes on"):
+    with one_line_errors(stopped="stopped; runs go on with the same command"):
         main()
