@@ -22,7 +22,7 @@ from data.exchange import experts, load  # isort: skip (before torch: see data/_
 import torch
 
 import train
-from data.run.flags import OneLineParser, first_line, number, one_line_errors, pick_device
+from data.run.flags import OneLineParser, first_line, number, one_line_errors, pick_device, typed
 from data.run.routers import router_name
 from data.run.scoring import score
 
@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("sample.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     count = number(int, lambda n: n > 0, "above 0")
     share, add = number(float, lambda p: 0 < p <= 1, "above 0 and at most 1"), parser.add_argument
-    add("prompt", nargs="?", help="the text to continue; without it, a conversation")
+    add("prompt", nargs="?", type=typed, help="the text to continue; without it, a conversation")
     add("--model", metavar="PATH", help="a checkpoint, or a Hugging Face folder; default: newest")
     add("--router", metavar="FILE.py", type=router_name, help="the model's router, if your own")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on a GPU")
@@ -53,8 +53,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     part = number(float, lambda p: 0 <= p <= 1, "from 0 to 1")
     add("--top_p", type=share, help="among the fewest tokens that together reach this share")
     add("--min_p", type=part, default=0.02, help="at least this share of the likeliest")
-    add("--repetition_penalty", type=number(float, lambda r: r > 0, "above 0"), default=1.0)
-    some = number(str, bool, "at least one character")
+    factor = number(float, lambda r: 0.01 <= r <= 100, "from 0.01 to 100")
+    add("--repetition_penalty", type=factor, default=1.0)
+    some = number(typed, bool, "at least one character")
     add("--stop", metavar="TEXT", action="append", default=[], type=some, help="one more end")
     add("--seed", type=number(int, lambda s: 0 <= s < 2**63, "from 0 to 2^63 - 1"))
     few = number(int, lambda n: 0 < n <= 1024, "above 0 and at most 1024")
@@ -162,7 +163,7 @@ def converse(respond) -> None:
     print('Type the beginning of a text; "exit" ends, Ctrl-C stops an answer.')
     while True:
         try:
-            prompt = input("User: ")
+            prompt = input("User: ").rstrip("\r")  # a file of Windows, through a pipe
         except EOFError:
             return print()
         if prompt.strip() == "exit":

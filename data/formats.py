@@ -106,6 +106,10 @@ def find(path: Path, suffixes: str = "", progress=None) -> list[Member]:
     """
     if path.is_file() and not is_zip(path):
         return [Member(path, "", path.name)]  # whatever it is called
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(
+            f"{path} is a pipe or device, to be read once only; save its text in a file"
+        )
     members = chosen = members_of(path)
     if suffixes:
         wanted = {f".{suffix.strip().lstrip('*.').lower()}" for suffix in suffixes.split(",")}

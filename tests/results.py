@@ -25,8 +25,10 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from data.run.files import write_text  # noqa: E402
 from data.run.flags import OneLineParser, number, one_line_errors  # noqa: E402
 from data.run.log import read_rows  # noqa: E402
+from data.run.messages import print_picture  # noqa: E402
 from data.run.pictures import COLOURS, import_pyplot, read_run, save  # noqa: E402
 
 LIST = """
@@ -78,10 +80,10 @@ def train(run: Path, *flags: str, **environment: str) -> list[dict]:
     """The log of a run of train.py: made, finished, or only read."""
     words = [word for part in flags for word in shlex.split(part)]
     command, made = shlex.join(["python", "train.py", *words]), Path(f"{run}.command")
-    if run.exists() and made.exists() and made.read_text() != command:
-        raise ValueError(f"{run} is from another command: {made.read_text()}; try another --out")
+    if run.exists() and made.exists() and (other := made.read_text("utf-8")) != command:
+        raise ValueError(f"{run} is from another command: {other}; try another --out")
     made.parent.mkdir(parents=True, exist_ok=True)
-    made.write_text(command)
+    write_text(made, command)
     if not is_complete(run):
         print(f"$ {command} --resume --out {run}", flush=True)
         script = [sys.executable, str(ROOT / "train.py")]
@@ -90,15 +92,26 @@ def train(run: Path, *flags: str, **environment: str) -> list[dict]:
         try:
             failed = process.wait()
         except KeyboardInterrupt:
-            failed = process.wait()  # it saves
+            process.wait()  # it saves
+            raise
         if failed:
             sys.exit(failed)
+    if not is_complete(run):
+        raise damaged(run)
     return list(read_rows(run / "log.csv"))
 
 
 def is_complete(run: Path) -> bool:
-    rows, config = list(read_rows(run / "log.csv")), run / "config.json"
-    return bool(rows) and int(rows[-1]["step"]) == json.loads(config.read_text())["steps"]
+    """Whether its log goes up to the last step; not if it, or config.json, is gone or damaged."""
+    try:
+        *_, last = (int(row["step"]) for row in read_rows(run / "log.csv"))
+        return last == json.loads((run / "config.json").read_text("utf-8"))["steps"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def damaged(run: Path) -> ValueError:
+    return ValueError(f"{run} has lost files, or lines; delete it, and the same command makes it")
 
 
 def best(rows: list[dict]) -> dict:
@@ -127,15 +140,16 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 def timed(args, given: str) -> None:
     """facts, sparse: each side for so many minutes."""
-    if args.case == "sparse" and "--data" not in given:
-        raise ValueError("sparse needs a text of 100 MB or more: --data FOLDER")
     is_facts = args.case == "facts"
+    if not (is_facts or args.data):
+        raise ValueError("sparse needs a text of 100 MB or more: --data FOLDER")
     measure = "val_recall_bits" if is_facts else "val_bits_per_byte"
     unit = "bits that a fact still costs" if is_facts else "validation, bits per byte"
     common, sides = TIMED[args.case]
     minutes = {"dense": [args.minutes], "sparse": [args.minutes]}
     if args.sparse_minutes or not is_facts:
-        minutes["sparse"] = args.sparse_minutes or [args.minutes, round(args.minutes * 2 / 3, 2)]
+        two_thirds = float(f"{args.minutes * 2 / 3:.3g}")
+        minutes["sparse"] = dict.fromkeys(args.sparse_minutes or [args.minutes, two_thirds])
     flags = {side: (common, experts, given, vars(args)[side]) for side, experts in sides.items()}
     curves = {}  # {(side, its minutes): [(seconds, bits)] of each seed}
     for seed in args.seeds:
@@ -214,16 +228,17 @@ def draw(curves: dict, target: float, unit: str, path: Path) -> None:
 
 def routers(args, given: str) -> None:
     """The table "Results": rows of flags, on the stories and on a real text."""
-    texts = {"stories (floor 0.386)": "--data stories --steps 600"}
+    texts = {"stories (floor 0.386)": ("stories", "--data stories --steps 600")}
     if args.data:
         flags = f"--data {shlex.quote(args.data)} --vocab_size 512 --seq_len 64 --no-muon_ffn"
         flags += " --steps 900"
-        texts[Path(args.data).stem] = flags
+        path = Path(args.data).resolve()
+        texts[path.stem] = path.name, flags
     logs, times = {}, {row: [] for row in ROWS}
     for seed in args.seeds:
         for i, row in enumerate(ROWS):
-            for text, flags in texts.items():
-                run = args.out / f"row-{i}-{text.split()[0]}-{seed}"
+            for text, (name, flags) in texts.items():
+                run = args.out / f"row-{i}-{name}-{seed}"
                 log = train(run, RECIPE, row, flags, f"--seed {seed}", given)
                 logs.setdefault((row, text), []).append(log)
     if not args.draws:
@@ -250,14 +265,22 @@ def default(args, given: str) -> None:
     for seed in args.seeds:
         run = args.out / f"seed-{seed}"
         log = train(run, f"--seed {seed}", given)
-        row = best(log)
+        row, floor = best(log), read_run(run).floor
+        if floor is None:  # it is in best.pt
+            raise damaged(run)
         bits = float(row["val_bits_per_byte"])
         print(
-            f"seed {seed}: {bits:.3f} bits per byte, {100 * (bits / read_run(run).floor - 1):.2f}% "
+            f"seed {seed}: {bits:.3f} bits per byte, {100 * (bits / floor - 1):.2f}% "
             f"above the floor; a name told before costs {float(row['val_recall_bits']):.3f} bits; "
             f"{float(log[-1]['seconds']):.0f} s of training"
         )
-        print(f"picture    {run}/loss.png")
+        print_picture(run, floor)
+
+
+def quoted_flags(text: str) -> str:
+    """An argparse type; ValueError where a quote is not closed."""
+    shlex.split(text)
+    return text
 
 
 def main() -> None:
@@ -272,7 +295,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=minutes, default=5, help="for each run of facts, sparse")
     parser.add_argument("--sparse_minutes", type=minutes, nargs="+", help="for the sparse runs")
     for side in ("dense", "sparse"):
-        parser.add_argument(f"--{side}", default="", help=f'"FLAGS" of the {side} side alone')
+        what = f'flags of the {side} side alone: --{side}="--lr 4e-3 --muon_lr 0.02"'
+        parser.add_argument(f"--{side}", default="", metavar="FLAGS", type=quoted_flags, help=what)
     parser.add_argument("--data", help="a text, for sparse and routers")
     parser.add_argument("--rounds", type=from_0, default=7, help="of the timing, for routers")
     parser.add_argument("--speed_steps", type=from_1, default=100, help="of a run to measure speed")
@@ -282,6 +306,12 @@ def main() -> None:
         return print(LIST.strip())
     if args.case == "speed":
         sys.exit(subprocess.call([sys.executable, str(ROOT / "tests/bench.py"), "equal", *given]))
+    if args.data and args.case not in ("sparse", "routers"):
+        parser.error(f"--data is for sparse and routers; {args.case} has a text of its own")
+    words = {word.partition("=")[0] for word in shlex.split(f"{args.dense} {args.sparse}") + given}
+    of_time = {"--steps", "--eval_every"} if cases[args.case] is timed else set()
+    if own := words & {"--seed", *of_time}:
+        parser.error(f"{min(own)} is set here, by --seeds, --only or --minutes; leave it out")
     n, args.draws = args.seeds or (1 if args.case == "default" else 5), args.only is None
     args.seeds = range(n) if args.draws else [args.only]
     args.out = args.out or Path("runs") / args.case
@@ -291,5 +321,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(stopped="stopped; runs go on with the same command"):
         main()

@@ -3,13 +3,16 @@
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import results
 from conftest import random_model, small_config
-from tiny_run import make_text
+from tiny_run import call, make_text
 
 from bpe import Tokenizer
 from data.run import checkpoint
@@ -190,6 +193,119 @@ def test_a_mistake_on_the_command_line_of_results_is_one_line_and_leaves_nothing
     assert not [path for path in tmp_path.glob("runs/facts/*") if path.is_dir()]
     if mistake == "--sees 2":  # it was train.py's mistake to find
         assert "picture " in printed("results.py", "facts", *TIMED, "--seeds", 1)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "facts --data book.txt",  # it has no facts to recall
+        "default --data book.txt",
+        "default --seed 3",
+        "facts --steps 5",
+        "facts --dense=--steps=5",
+        "facts --dense='",
+        "facts --sparse --muon_ffn",
+    ],
+)
+def test_a_flag_that_results_cannot_obey_is_one_line_before_anything_runs(
+    mistake, monkeypatch, capsys
+):
+    monkeypatch.setattr(results, "train", None)
+    assert call(results, *mistake.split()) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1
+    assert re.search("--(data is for|seed|steps|dense|sparse)", told)
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A run of two steps, as results.py finds it; train.py has nothing more to do on it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.csv").write_text("step,tokens_per_s\n0,\n1,5\n2,5\n")
+    (run / "config.json").write_text('{"steps": 2}')
+    popen = lambda *_, **__: types.SimpleNamespace(wait=lambda: 0)  # noqa: E731
+    monkeypatch.setattr(results.subprocess, "Popen", popen)
+    return run
+
+
+@pytest.mark.parametrize(
+    "name, left",
+    [("log.csv", ""), ("log.csv", "step\n0\n1\n2\nx\n"), ("log.csv", "steps\n2\n")]
+    + [("config.json", ""), ("config.json", '{"st'), ("config.json", "[2]"), ("log.csv", None)],
+)
+def test_a_run_that_lost_files_or_lines_is_told_by_its_name(name, left, finished):
+    assert len(results.train(finished, "--steps 2")) == 3
+    (finished / name).unlink()
+    if left is not None:
+        (finished / name).write_text(left)
+    with pytest.raises(ValueError, match="run has lost files, or lines; delete it, and the same"):
+        results.train(finished, "--steps 2")
+    shutil.rmtree(finished)  # the remedy: a run that is not there is begun
+    with pytest.raises(ValueError, match="run has lost"):
+        results.train(finished, "--steps 2 --seed 1")
+
+
+def test_the_default_run_without_its_best_model_is_told_and_its_picture_is_drawn_again(
+    finished, monkeypatch, capsys
+):
+    row = "1,1,1.5,0.5,1,9"
+    log = f"step,train_loss,val_loss,val_bits_per_byte,val_recall_bits,seconds\n{row}\n2{row[1:]}\n"
+    (finished / "log.csv").write_text(log)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    seed_0 = finished.rename(finished.with_name("seed-0"))
+    with pytest.raises(ValueError, match="seed-0 has lost files"):
+        call(results, "default", "--out", seed_0.parent)
+    checkpoint.save(
+        seed_0 / "best.pt",
+        {"config": {}, "model": {}, "tokenizer": None}
+        | {"train_config": {"steps": 2}, "given": {}, "floor": 0.4},
+    )
+    (seed_0.parent / "seed-0.command").unlink()
+    assert call(results, "default", "--out", seed_0.parent) == 0
+    told = capsys.readouterr().out
+    assert "seed 0: 0.500 bits per byte, 25.00% above the floor" in told and "\nloss " in told
+
+
+def test_ctrl_c_ends_a_series_though_its_run_was_just_done(finished, monkeypatch):
+    (finished / "log.csv").unlink()
+    waits = iter([KeyboardInterrupt, None])
+
+    def wait():
+        if interrupt := next(waits):
+            raise interrupt
+        return 0
+
+    popen = lambda *_, **__: types.SimpleNamespace(wait=wait)  # noqa: E731
+    monkeypatch.setattr(results.subprocess, "Popen", popen)
+    with pytest.raises(KeyboardInterrupt):
+        results.train(finished, "--steps 2")
+
+
+def noted(monkeypatch, *arguments):
+    """The names of the runs that results.py makes; each of them has the same log."""
+    row = {"val_bits_per_byte": "1", "load_max_over_mean": "1", "seconds": "1", "tokens": "2"}
+    log, names = (
+        [{**row, "step": f"{i}", "tokens_per_s": "1", "seconds": f"{i}"} for i in (1, 2)],
+        [],
+    )
+    monkeypatch.setattr(results, "train", lambda run, *_, **__: names.append(run.name) or log)
+    assert call(results, *arguments) == 0
+    return names
+
+
+def test_minutes_that_come_to_the_same_are_one_run(workplace, monkeypatch, capsys):
+    sparse = ["sparse", "--data", "text.txt", "--seeds", 1]
+    names = noted(monkeypatch, *sparse, "--sparse_minutes", 3, 3.0)
+    assert names[2:] == ["dense-5-minutes-0", "sparse-3-minutes-0"]
+    assert noted(monkeypatch, *sparse, "--minutes", 0.001)[-1] == "sparse-0.000667-minutes-0"
+
+
+@pytest.mark.parametrize("data", ["stories of mine/", "stories.txt", "."])
+def test_the_text_of_a_table_may_have_any_name(data, workplace, monkeypatch, capsys):
+    names = noted(monkeypatch, "routers", "--data", data, "--seeds", 1, "--rounds", 0)
+    assert len({*names}) == 14
+    assert Path(data).resolve().stem in capsys.readouterr().out
 
 
 def test_results_prints_the_table_of_the_readme(printed):

@@ -204,5 +204,7 @@ def test_the_command_writes_one_file_and_never_over_another(tok, capsys):
     ):
         assert call(program, *arguments) == 2
         assert arguments[2] in capsys.readouterr().err
+    assert call(program, "best.pt", "a/new/MODEL.GGUF", "--dtype", "q8_0") == 0
+    assert Path("a/new/MODEL.GGUF").read_bytes() == before
     assert call(program, "best.pt", "folder", "--dtype", "bf16") == 0
     assert load("folder")[0].embed.weight.dtype == torch.bfloat16

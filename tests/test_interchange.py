@@ -646,6 +646,18 @@ def test_a_config_we_do_not_compute_is_refused_by_name(kind, changes, words):
     assert_refused(["folder", *words])
 
 
+@pytest.mark.parametrize("name, size", [("config.json", 9), ("model.safetensors", 999)])
+@pytest.mark.parametrize("whole", [True, False])
+def test_of_a_folder_copied_by_half_it_is_said_to_copy_it_again(name, size, whole):
+    export(random_model(small_config()), None, "folder")
+    content = Path("folder", name).read_bytes()
+    Path("folder", name).write_bytes(content[: 0 if whole else size])
+    assert_refused(["folder", "can't be read", "copy it again"])
+    if name == "model.safetensors":
+        Path("folder", name).unlink()
+        assert_refused(["folder", "model.safetensors", "copy it again"])
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -321,6 +322,23 @@ def test_plot_lays_runs_over_each_other_by_step_and_by_seconds(pyplot, capsys):
             bits = [float(row["val_bits_per_byte"]) for row in scored]
             assert line.get_ydata() == pytest.approx(bits)
         assert len({line.get_color() for line in lines}) == 2
+
+
+def test_names_of_runs_and_of_pictures_may_be_any(pyplot, capsys, recwarn):
+    start("_a", "--steps 2")
+    for name in ("$x^{$", r"$\bad$", "日本"):
+        shutil.copytree("_a", name)
+        figure = figure_of(pyplot, lambda name=name: call(train, "--plot", name, "--out", "p"))
+        (text,) = figure.legends[0].get_texts()
+        assert text.get_text().replace(r"\$", "$").startswith(f"{name}: ")
+    figure = figure_of(pyplot, lambda: call(train, "--plot", "_a", "--out", "p"))
+    assert len(figure.legends[0].get_texts()) == 1
+    assert not [w for w in recwarn.list if "Glyph" in f"{w.message}"], recwarn.list[0].message
+    capsys.readouterr()
+    pictures = {".": "plot.png", "_a": "_a/plot.png", "no/such/p.pdf": "no/such/p.pdf"}
+    for out, path in {**pictures, "v1.2": "v1.2.png", "p.docx": "p.docx.png"}.items():
+        assert call(train, "--plot", "_a", "--out", out) == 0
+        assert Path(path).is_file() and f"picture    {path}" in capsys.readouterr().out
 
 
 def test_plot_of_what_is_no_run_is_one_line(pyplot, capsys):

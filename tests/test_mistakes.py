@@ -153,7 +153,7 @@ TABLE = {
     f"{HELLO} --top_k 0": ["--top_k", "0", "above 0"],
     f"{HELLO} --top_k few": ["--top_k", "'few'", "int"],
     f"{HELLO} --max_new_tokens 0": ["--max_new_tokens", "0", "above 0"],
-    f"{HELLO} --repetition_penalty 0": ["--repetition_penalty", "0", "above 0"],
+    f"{HELLO} --repetition_penalty 0": ["--repetition_penalty", "0 must", "from 0.01"],
     f"{HELLO} -n 0": ["-n", "0", "above 0"],
     f"{HELLO} -n 100000000": ["-n", "100000000", "at most 1024"],
     f"{HELLO} --stop ''": ["--stop", "at least one character"],
@@ -465,3 +465,22 @@ def test_the_name_of_a_run_is_no_longer_than_a_file_may_have(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     folder = storage.new_folder({"data": ",".join(f"part-{n}.txt" for n in range(99))})
     assert len(folder.name) < 80
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes that have names")
+def test_a_pipe_is_told_from_a_file_that_is_not_there_or_empty(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    os.mkfifo("pipe")
+    try:
+        for program, *line in (
+            (train, "--data", "pipe", *TINY),
+            (sample, "--text", "pipe", "--model", "good.pt"),
+            (sample, "--score", "pipe", "--model", "good.pt"),
+        ):
+            assert call(program, *line) == 2
+            told = (
+                "error: pipe is a pipe or device, to be read once only; save its text in a file\n"
+            )
+            assert capsys.readouterr().err == told
+    finally:
+        os.unlink("pipe")

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -209,6 +210,31 @@ def test_what_a_power_cut_left_behind_the_flushed_rows_goes(garbage, workplace):
         file.write(garbage)
     assert call(train, "--resume", "--out", "cut") == 0
     assert Path("cut/load.csv").read_text() == whole
+
+
+def test_of_a_log_that_a_spreadsheet_saved_all_rows_stay_or_a_copy(workplace, capsys):
+    start(*CADENCE)
+    whole = Path("run/log.csv").read_bytes()
+    with at_training_step(13, press_ctrl_c):
+        call(train, "--data", "text.txt", "--out", "cut", *TINY, *CADENCE)
+    rows = Path("cut/log.csv").read_text(encoding="utf-8").splitlines()
+    quoted = "".join(",".join(f'"{cell}"' for cell in row.split(",")) + "\r\n" for row in rows)
+    for name, text in {
+        "quoted": quoted,
+        "marked": "\ufeff" + quoted,
+        "old Mac": "\r".join(rows),
+        "semicolons": quoted.replace(",", ";"),
+    }.items():
+        shutil.copytree("cut", name)
+        Path(name, "log.csv").write_bytes(text.encode())
+        assert call(train, "--resume", "--out", name) == 0
+        if name in ("quoted", "marked"):
+            steps = [row["step"] for row in log.read_rows(Path(name, "log.csv"))]
+            assert steps == [line.split(b",")[0].decode() for line in whole.splitlines()[1:]]
+            assert not Path(name, "log.csv.old").exists()
+        else:
+            assert Path(name, "log.csv.old").read_bytes() == text.encode()
+            assert f"all of it is kept as {Path(name, 'log.csv.old')}" in capsys.readouterr().out
 
 
 def test_a_log_that_an_editor_replaced_or_took_away_gets_the_rows_that_follow(workplace):

@@ -344,6 +344,16 @@ def test_bytes_that_are_no_text_do_not_end_the_conversation(capsys, monkeypatch)
     assert "Model: again" in capsys.readouterr().out
 
 
+def test_a_file_of_windows_is_a_conversation_of_its_lines(capsys, monkeypatch):
+    stdin = io.TextIOWrapper(
+        io.BytesIO(b"one\r\n\r\nexit\r\nnever"), encoding="utf-8", newline="\n"
+    )
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with mock.patch.object(sample, "respond") as spy:
+        assert call(sample, "--model", "model.pt") == 0
+    assert [asked.args[-1] for asked in spy.call_args_list] == ["one", ""]
+
+
 def test_a_conversation_repeats_with_its_seed(capsys, monkeypatch):
     def talk(seed):
         monkeypatch.setattr(sys, "stdin", io.StringIO("one\none\nexit\n"))
@@ -353,6 +363,44 @@ def test_a_conversation_repeats_with_its_seed(capsys, monkeypatch):
     assert first == talk(1) != talk(2)
     _, one, other = first.split("User: ")[:3]
     assert one != other
+
+
+def test_a_prompt_is_read_as_utf8_whatever_the_locale_makes_of_it(capsys):
+    """Of bytes that it can't read Python makes lone surrogates, which no tokenizer takes."""
+    flags = ["--model", "model.pt", "--max_new_tokens", 3]
+    for raw, text in (("é😀 a".encode(), "é😀 a"), (b"caf\xe9 ", "caf\ufffd ")):
+        assert run(capsys, raw.decode("ascii", "surrogateescape"), *flags).startswith(text)
+    assert run(capsys, "é ", *flags).startswith("é ")
+    assert stream("un été", "--stop", "té".encode().decode("ascii", "surrogateescape"))[1] == "un é"
+
+
+@pytest.mark.parametrize("penalty, is_fine", [(1e300, 0), (1e-300, 0), (0, 0), (100, 1), (0.01, 1)])
+def test_a_penalty_that_no_float_holds_is_refused_before_a_text_begins(penalty, is_fine, capsys):
+    flags = ["--model", "model.pt", "--max_new_tokens", 5, "--repetition_penalty", penalty]
+    assert call(sample, "Hello", *flags) == (0 if is_fine else 2)
+    printed = capsys.readouterr()
+    assert printed.out.startswith("Hello") if is_fine else "must be from 0.01 to 100" in printed.err
+
+
+@pytest.mark.parametrize(
+    "path, beside, remedy",
+    [
+        ("run/log.csv", "run/best.pt", "try run/best.pt"),
+        ("run/best.pt", "run/last.pt", "try run/last.pt"),
+        ("run/best.pt", "run/other", "use another, or train again"),
+        ("folder/model.safetensors", "folder/config.json", "name its folder, folder"),
+        ("model.gguf", "other", "name what it was made of: GGUF files are only written here"),
+    ],
+)
+def test_of_a_file_that_is_no_checkpoint_it_is_said_what_to_name_instead(
+    path, beside, remedy, capsys
+):
+    for name in (path, beside):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("no checkpoint")
+    assert call(sample, "Hello", "--model", path) == 2
+    told = f"error: {path} is not a readable checkpoint (File is not a zip file); {remedy}\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_prompt_that_begins_with_a_dash_goes_after_two(capsys):

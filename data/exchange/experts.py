@@ -60,7 +60,7 @@ def route(model, tokenizer, source: str, ids: list[int], n_prompt: int = 0) -> R
 
 def read_ids(path: str, tokenizer, most: int = 100_000) -> list[int]:
     """The ids of a UTF-8 file, each document as after `start`; of a long file the first."""
-    if not Path(path).is_file():
+    if not Path(path).exists() or Path(path).is_dir():
         raise ValueError(f"--text {path}: no such file; name a UTF-8 text file")
     ids, before = [], tokenizer.start or [tokenizer.eot]
     for _, text, _ in formats.documents(formats.find(Path(path))):

@@ -48,7 +48,7 @@ def export(
     if not is_as_made(model):
         remedy = "merge it into the weights, or take it off"
         raise ValueError(f"an adapter, a bias or a hook was put on the model; {remedy}")
-    if folder.suffix == ".gguf":
+    if folder.suffix.lower() == ".gguf":
         return write_gguf(model, tokenizer, folder, dtype)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is there already; name a new folder")
@@ -139,7 +139,7 @@ def main() -> None:
     known = "for vLLM and older transformers; to train on there, leave it out"
     parser.add_argument("--family", choices=["qwen3_next"], help=known)
     args = parser.parse_args()
-    is_gguf = args.folder.endswith(".gguf")
+    is_gguf = args.folder.lower().endswith(".gguf")
     if args.dtype == "q8_0" and not is_gguf:
         parser.error("--dtype q8_0 is for a file, NAME.gguf; a folder has fp32 or bf16")
     if args.family and is_gguf:

@@ -9,6 +9,7 @@ The format: github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -34,6 +35,7 @@ def write_gguf(model: LaMoE, tokenizer, path: str | os.PathLike, dtype: str = "f
     except ImportError:
         raise ValueError("a GGUF file needs: pip install gguf") from None
     architecture = architecture_of(model, tokenizer)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         writer = gguf.GGUFWriter(file.name, architecture)
         for key, value in settings_of(model.config, architecture).items():

@@ -73,7 +73,8 @@ def load_folder(folder: Path, device: str, dtype: torch.dtype | None):
         raise ValueError(f"{folder} can't be read: it lacks {error}") from error
     except Exception as error:  # those of safetensors and torch have no common class
         reason = " ".join(f"{error}".split())[:300]
-        raise ValueError(f"{folder} can't be read: {reason}") from error
+        remedy = "" if isinstance(error, ValueError) else "; is all of it there? copy it again"
+        raise ValueError(f"{folder} can't be read: {reason}{remedy}") from error
     return model, load_tokenizer(folder, c.vocab_size, theirs.get("eos_token_id"))
 
 
@@ -81,7 +82,7 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is no JSON ({error})") from None
+        raise ValueError(f"{path.name} is no JSON ({error}); copy it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} is no JSON object")
     return content

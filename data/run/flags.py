@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 import re
+import shlex
 import sys
 import typing
 
@@ -31,6 +32,18 @@ def number(kind, fits, must: str):
         return value
 
     return check
+
+
+def typed(text: str) -> str:
+    """An argparse type: a text as its bytes are in UTF-8; others become U+FFFD.
+
+    Python makes lone surrogates of bytes that the locale can't read, and no tokenizer takes these.
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return os.fsencode(text).decode(errors="replace")
 
 
 def add_flags(parser, cls, defaults: dict, choices: dict, types: dict) -> None:
@@ -84,8 +97,15 @@ def first_line(error: BaseException) -> str:
 
 
 def quoted(path) -> str:
-    """A path as a command line needs it, of Windows too: shlex.quote's ' are none there."""
-    return f'"{path}"' if " " in f"{path}" else f"{path}"
+    """A path as a command line needs it, of Windows too: shlex.quote's ' are none there.
+
+    >>> print(*map(quoted, ("runs/a-1", "my book", "book(1).txt", "5 $")))
+    runs/a-1 "my book" "book(1).txt" '5 $'
+    """
+    text, is_windows = f"{path}", os.name == "nt"
+    if re.fullmatch(r"[\w./:+,@%=-]*", text.replace("\\", "/") if is_windows else text):
+        return text
+    return f'"{text}"' if is_windows or not re.search(r'[$`"\\!]', text) else shlex.quote(text)
 
 
 OWN_CODE: dict[str, str] = {}  # files of a router of one's own: absolute -> as it was named

@@ -254,6 +254,8 @@ def rows_until(step: int, path: Path) -> list[dict]:
             if None in row.values() or int(row["step"]) > step:  # None: it is too short
                 break
             rows.append(row)
+        if not rows and path.exists() and b"\n" not in path.read_bytes():
+            raise ValueError("not even the names of its columns are a line")
     except (KeyError, TypeError, ValueError, csv.Error):
         copy = first_free(f"{path}.old")
         shutil.copy(path, copy)
@@ -264,7 +266,8 @@ def rows_until(step: int, path: Path) -> list[dict]:
 def read_rows(path: Path):
     """Yields the rows of a csv, if it is there. The last line is left out unless it is complete."""
     if path.exists():
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        # -sig: a spreadsheet may have saved it, with a mark at its head.
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             yield from csv.DictReader(io.StringIO(file.read().rpartition("\n")[0]))
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +69,10 @@ def draw(folder: Path, floor: float | None) -> Path:
 
 
 def save(figure, path: Path, alt: str) -> None:
-    figure.savefig(path, dpi=120, metadata={"Description": alt} if path.suffix == ".png" else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in letters it has none of
+        about = {"Description": alt} if path.suffix == ".png" else None
+        figure.savefig(path, dpi=120, metadata=about)
     import_pyplot().close(figure)
 
 
@@ -204,7 +208,9 @@ def plot(folders: list[str], out: str) -> Path:
         bits = np.array([[float(row["val_bits_per_byte"]) for row in rows] for rows in at])
         best = [min(bits_per_byte(run.rows)[2]) for run in members]
         lowest, highest = min(lowest, *best), max(highest, *best)
-        label = f"{name}: {np.mean(best):.3f}"
+        # A $ would begin a formula, and a label that begins with _ would be left out.
+        shown = " " * name.startswith("_") + name.replace("$", r"\$")
+        label = f"{shown}: {np.mean(best):.3f}"
         if len(members) > 1:
             label += f" ({min(best):.3f} to {max(best):.3f}, {len(members)} seeds)"
         for ax, x in zip(axes, AXES, strict=True):
@@ -226,7 +232,10 @@ def plot(folders: list[str], out: str) -> Path:
     named, title = axes[0].get_legend_handles_labels(), "validation, at its best (pale: training)"
     figure.legend(*named, loc="outside upper left", title=title)
     path = Path(out or "plot.png")
-    path = path if path.suffix else path.with_suffix(".png")
+    path = path / "plot.png" if path.is_dir() else path
+    if path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+        path = path.with_name(f"{path.name}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path, f"Validation loss of {len(runs)} runs: {'; '.join(groups)}")
     return path
 

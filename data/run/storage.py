@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.run import checkpoint, ranks
 from data.run.files import first_free, lock_folder, make_folder, remove_leftovers
-from data.run.flags import first_line
+from data.run.flags import first_line, quoted
 from data.run.log import print_line
 from data.run.presets import PLACES
 from data.run.routers import RouterNeeded, run_and_router
@@ -41,7 +41,7 @@ def find_run(flags: dict, resuming: bool, train_config) -> tuple:
         saved = before_decay(folder, saved, train_config)
     if not saved:
         if not flags.keys() - WHERE - {"steps", "router"}:  # with these, runs go on
-            again = f"python train.py --resume --out {folder} --data stories"
+            again = f"python train.py --resume --out {quoted(folder)} --data stories"
             raise ValueError(
                 f"{folder} has no usable checkpoint, and without one its flags are not known; "
                 f"repeat them, at least --data: {again}"
@@ -88,7 +88,7 @@ def folder_to_resume(flags: dict) -> Path:
         return new_folder(flags)
     if flags.get("out"):
         raise ValueError(
-            f"{folder}: no such run to resume; start one: python train.py --out {folder}"
+            f"{folder}: no such run to resume; start one: python train.py --out {quoted(folder)}"
         )
     raise ValueError("no run in runs/ to resume; start one: python train.py")
 
@@ -204,7 +204,7 @@ def restore(saved: dict, run) -> None:
         path = run.folder / "last.pt"
         raise ValueError(
             f"{path} does not fit this version of train.py ({first_line(error)}); start a new run "
-            f"from its weights: --init {path}"
+            f"from its weights: --init {quoted(path)}"
         ) from None
     run.done = saved["done"]
     print_line(f"resume     {run.folder} at step {run.done['step']} of {run.settings.steps}")
