@@ -682,7 +682,7 @@ class LaMoE(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, (Attention, SwiGLU, Experts)):
+            elif isinstance(module, (Attention, SwiGLU)):  # Experts have filled themselves
                 *inner, last = (p for p in module.parameters() if p.dim() > 1)
                 for weight in inner:
                     nn.init.normal_(weight, std=0.02)

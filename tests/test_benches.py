@@ -322,7 +322,7 @@ def test_results_prints_the_table_of_the_readme(printed):
 
 def test_results_has_the_default_run(printed):
     text = printed("results.py", "default", "--steps", 2, *TINY.split())
-    assert re.search(r"seed 0: [\d.]+ bits per byte, [\d.]+% above the floor; a recalled", text)
+    assert re.search(r"seed 0: [\d.]+ bits per byte, [\d.]+% above the floor; a name told", text)
 
 
 def test_results_lists_its_cases_and_calls_bench_for_the_speed(printed):
