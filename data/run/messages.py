@@ -142,6 +142,8 @@ def print_floor(score, corpus) -> None:
 def write_sample(model, tokenizer, opening: str, settings) -> str:
     """What the model writes after an opening, up to the end of its text."""
     ids = torch.tensor([[*tokenizer.start, *tokenizer.encode(opening)]], device=settings.device)
+    if ids.shape[1] > model.config.seq_len:
+        return ""  # a short context has no room for it
     generator = torch.Generator(settings.device).manual_seed(settings.seed)
     new = model.generate(ids, 150, 0.8, min_p=0.02, stop=tokenizer.eot, generator=generator)
     return tokenizer.decode([token.item() for token in new]).partition("<|endoftext|>")[0]
