@@ -257,8 +257,7 @@ class Experts(nn.Module):
     def __init__(self, n_experts: int, dim: int, hidden_dim: int):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(n_experts, 2 * hidden_dim, dim))
-        self.down_proj = nn.Parameter(torch.zeros(n_experts, dim, hidden_dim))
-        nn.init.normal_(self.gate_up_proj, std=0.02)
+        self.down_proj = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
 
 
 def run_expert(x_PD: Tensor, weight_P1: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -400,7 +399,7 @@ class Router(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.config = c
-        self.weight = nn.Parameter(nn.init.normal_(torch.empty(c.n_experts, c.dim), std=0.02))
+        self.weight = nn.Parameter(torch.empty(c.n_experts, c.dim))  # a row per expert
 
     @staticmethod
     def n_active(c: Config) -> int:  # experts that a token is sent to, at most
@@ -468,7 +467,7 @@ class Noisy(Router):
 
     def __init__(self, c: Config):
         super().__init__(c)
-        self.noise_weight = nn.Parameter(torch.zeros(c.n_experts, c.dim))
+        self.noise_weight = nn.Parameter(torch.empty(c.n_experts, c.dim))
 
     def init_weights(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
@@ -586,15 +585,33 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-class MoE(nn.Module):
-    """The sparse feed-forward layer: route, dispatch, add; shared experts see every token."""
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """First weights: normal(0, 0.02), as GPT-2's, but zeros for what a block adds to the residual
+    stream. These make it the identity, and do learn: what they multiply isn't zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, (Attention, SwiGLU, Experts)):
+            *inner, last = (p for p in module.parameters() if p.dim() > 1)
+            for weight in inner:
+                nn.init.normal_(weight, std=0.02)
+            nn.init.zeros_(last)  # o_proj or down_proj
+        elif isinstance(module, Router):
+            module.init_weights()
 
-    def __init__(self, c: Config):
+
+class MoE(nn.Module):
+    """The sparse layer: route, dispatch, add; shared experts see all tokens. filled: see `fill`."""
+
+    def __init__(self, c: Config, filled: bool = True):
         super().__init__()
         self.router = ROUTERS[c.router](c)
         self.experts = Experts(c.n_experts, c.dim, c.hidden_dim)
         shared_dim = c.n_shared_experts * c.hidden_dim
         self.shared = SwiGLU(c.dim, shared_dim) if shared_dim else None
+        if filled:
+            fill(self)
 
     def forward(self, x_BTD, ids_BT=None, moe=plain_moe) -> tuple[Tensor, Routing]:
         routing, dtype = self.router(x_BTD, ids_BT), compute_dtype(x_BTD)
@@ -630,7 +647,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
         is_sparse = c.n_experts > 1 and layer >= c.n_dense_layers
         n_wide = c.n_active + c.n_shared_experts if c.n_experts > 1 else 1
-        self.ffn = MoE(c) if is_sparse else SwiGLU(c.dim, n_wide * c.hidden_dim)
+        self.ffn = MoE(c, filled=False) if is_sparse else SwiGLU(c.dim, n_wide * c.hidden_dim)
 
     def forward(self, x_BTD, ids_BT, cos_TK, sin_TK, kernels, append=None):
         attention, moe = kernels
@@ -670,28 +687,11 @@ class LaMoE(nn.Module):
         cos, sin = rope_table(c.head_size, c.seq_len, c.rope_theta, c.rope_factor)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self):
-        """Normal(0, 0.02), but what a block adds to the residual stream starts at zero.
-        0.02 is GPT-2's. Zeros make a block the identity, and an untied head's loss ln(V); they do
-        learn, as what they multiply isn't zero. An untied embedding has std 1: training moves words
-        of like contexts (names, say) alike, and small ones would end too alike to tell apart.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, (Attention, SwiGLU)):  # Experts have filled themselves
-                *inner, last = (p for p in module.parameters() if p.dim() > 1)
-                for weight in inner:
-                    nn.init.normal_(weight, std=0.02)
-                nn.init.zeros_(last)  # o_proj or down_proj
-            elif isinstance(module, Router):
-                module.init_weights()
-        if not self.config.tie_embeddings:
+        fill(self)
+        if not c.tie_embeddings:
+            # Training moves words of like contexts (names) alike; small ones would end too alike.
             nn.init.normal_(self.embed.weight, std=1.0)
-            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.weight)  # a first loss of ln(V)
 
     @property
     def sparse_layers(self) -> list[int]:
