@@ -901,7 +901,7 @@ def generate(
     if model.training:
         raise ValueError("generate needs the model in evaluation mode; call model.eval() first")
     (B, T), c, is_cuda = ids_BT.shape, model.config, ids_BT.is_cuda
-    n_new = min(max_new_tokens, abs(c.seq_len - T))  # below 0: reading such a prompt will say so
+    n_new = min(max_new_tokens, c.seq_len - T if T <= c.seq_len else 1)  # 1: to read is refused
     length = min(c.seq_len, -(-(T + max(0, n_new)) // 256) * 256)  # few: kernels are made for each
     step = Step(model, B, length, (temperature, top_k, top_p, min_p), repetition_penalty, stop)
     # What asks the GPU for numbers: a loop over experts, products before Hopper, maybe own routers.

@@ -96,6 +96,13 @@ def cache(tmp_path_factory, monkeypatch):
     return folder
 
 
+class Doubled(torch.nn.Module):
+    """Put on a part or a weight, as adapters are."""
+
+    def forward(self, x):
+        return 2 * x
+
+
 def written(step, model, ids_BT, *args, **options):
     """(ids, logits of each step), written with this class of Step."""
     logits = []

@@ -96,8 +96,8 @@ def train(run: Path, *flags: str, **environment: str) -> list[dict]:
             raise
         if failed:
             sys.exit(failed)
-    if not is_complete(run):
-        raise damaged(run)
+        if not is_complete(run):
+            raise damaged(run)
     return list(read_rows(run / "log.csv"))
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     ROUTERS,
+    Doubled,
     assert_close,
     explicit_swiglu,
     loop_over_experts,
@@ -208,11 +209,6 @@ def test_the_sequences_of_the_deepseek_loss_are_images():
     layer = randomise(lamoe.MoE(small_config(router="deepseek")))
     x = torch.randn(2, 3, 4, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(layer(x)[1].balance, layer(x.flatten(1, 2))[1].balance)
-
-
-class Doubled(torch.nn.Module):
-    def forward(self, weight):
-        return 2 * weight
 
 
 @pytest.mark.parametrize("moe", [lamoe.plain_moe, lamoe.sorted_moe, lamoe.moe_one])

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import random_ids, random_model, small_config, with_biases, written
+from conftest import Doubled, random_ids, random_model, small_config, with_biases, written
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lamoe
@@ -117,11 +117,6 @@ def add_bias(model):
 class NegatedNorm(lamoe.RMSNorm):
     def forward(self, x):
         return -super().forward(x)
-
-
-class Doubled(torch.nn.Module):
-    def forward(self, x):
-        return 2 * x
 
 
 def put_on(path):

@@ -32,6 +32,11 @@ from data.run.routers import router_name
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
+def is_gguf(out) -> bool:
+    """Whether this is the name of a file for llama.cpp."""
+    return Path(out).suffix.lower() == ".gguf"
+
+
 def export(
     model, tokenizer, out: str | os.PathLike, shard_bytes=5 * 10**9, dtype="fp32", add_bos=False,
     family: str | None = None,
@@ -48,7 +53,7 @@ def export(
     if not is_as_made(model):
         remedy = "merge it into the weights, or take it off"
         raise ValueError(f"an adapter, a bias or a hook was put on the model; {remedy}")
-    if folder.suffix.lower() == ".gguf":
+    if is_gguf(folder):
         return write_gguf(model, tokenizer, folder, dtype)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is there already; name a new folder")
@@ -139,17 +144,16 @@ def main() -> None:
     known = "for vLLM and older transformers; to train on there, leave it out"
     parser.add_argument("--family", choices=["qwen3_next"], help=known)
     args = parser.parse_args()
-    is_gguf = args.folder.lower().endswith(".gguf")
-    if args.dtype == "q8_0" and not is_gguf:
+    if args.dtype == "q8_0" and not is_gguf(args.folder):
         parser.error("--dtype q8_0 is for a file, NAME.gguf; a folder has fp32 or bf16")
-    if args.family and is_gguf:
+    if args.family and is_gguf(args.folder):
         parser.error(f"--family {args.family} is for a folder; leave it out")
     with one_line_errors():
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.dtype)  # None: as it is
         model, tokenizer = load(args.checkpoint, dtype=dtype)
         options = {"add_bos": args.add_bos, "family": args.family}
         export(model, tokenizer, args.folder, dtype=args.dtype or "fp32", **options)
-    if is_gguf:
+    if is_gguf(args.folder):
         return print(f"{args.folder}: llama.cpp, Ollama and LM Studio open it")
     model_type = family_of(model.config, dense_layers(model), args.family)
     architecture = FAMILIES[model_type].architecture

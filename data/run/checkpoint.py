@@ -45,23 +45,28 @@ def read(path) -> dict:
     except OSError as error:  # the file may be fine: nobody can tell
         raise OSError(f"{path} can't be read: {error.strerror or error}") from None
     except Exception as error:  # zip, pickle and unpickling errors have no common class
-        reason, folder = first_line(error)[:120], Path(path).parent
+        reason = first_line(error)[:120]
         if held := re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error)):
             reason = (
                 f"it holds a {held[1]:.80}, not only tensors and plain types, as those of asdict"
             )
-        remedy = "use another, or train again"
-        others = (folder / name for name in ("best.pt", "last.pt"))
-        if beside := [other for other in others if other.exists() and other != Path(path)]:
-            remedy = f"try {beside[0]}"
-        elif (folder / "config.json").exists():  # a file of a Hugging Face folder
-            remedy = f"name its folder, {folder}"
-        elif Path(path).suffix.lower() == ".gguf":
-            remedy = "name what it was made of: GGUF files are only written here"
-        raise ValueError(f"{path} is not a readable checkpoint ({reason}); {remedy}") from None
+        wrong = f"{path} is not a readable checkpoint ({reason})"
+        raise ValueError(f"{wrong}; {what_instead(Path(path))}") from None
     if not isinstance(checkpoint, dict) or not {"config", "model"} <= checkpoint.keys():
         raise ValueError(f"{path} is not a LaMoE checkpoint; make one with: python train.py")
     return checkpoint
+
+
+def what_instead(path: Path) -> str:
+    """What to do where this file is no checkpoint."""
+    for other in (path.parent / "best.pt", path.parent / "last.pt"):
+        if other.exists() and other != path:
+            return f"try {other}"
+    if (path.parent / "config.json").exists():  # a file of a Hugging Face folder
+        return f"name its folder, {path.parent}"
+    if path.suffix.lower() == ".gguf":
+        return "name what it was made of: GGUF files are only written here"
+    return "use another, or train again"
 
 
 def check_archive(path) -> None:
