@@ -171,7 +171,7 @@ def timed(args, given: str) -> None:
 def compare(curves: dict, minutes: float, unit: str, path: Path) -> None:
     """Prints where the runs end, and when sparse was where dense ends; then the picture."""
     n_seeds = len(curves["dense", minutes])
-    print(f"\n{unit}, at the end of the run; {n_seeds} seeds: mean (lowest to highest)")
+    print(f"\n{unit}, at the end of the run; seeds: {n_seeds}, mean (lowest to highest)")
     print(f"{'':24} {'seconds':26} bits")
     for (side, m), seeds in curves.items():
         seconds, bits = ([float(curve[i][-1]) for curve in seeds] for i in (0, 1))
