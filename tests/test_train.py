@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import typing
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -1095,6 +1096,23 @@ def test_without_a_compiler_training_goes_on(capsys, monkeypatch):
     assert "no compiler here (Failed to find C compiler.)" in capsys.readouterr().err
     losses = [[row["train_loss"] for row in log_of(run)] for run in ("plain", "run")]
     assert losses[0] == losses[1]
+
+
+def test_what_a_compiler_tells_itself_is_not_shown(monkeypatch):
+    """Not in later steps either, which compile too; what others warn of is."""
+
+    def train_and_warn(*args):
+        for module in ("torch._inductor.lowering", "mine"):
+            warnings.warn_explicit(module, FutureWarning, "file.py", 1, module)
+        steps(*args)
+
+    steps = train.train
+    monkeypatch.setattr(train, "train", train_and_warn)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert start("run", "--steps 1 --n_experts 1 --compile") == 0
+    assert [str(w.message) for w in seen if w.category is FutureWarning] == ["mine"]
 
 
 @pytest.mark.parametrize("rows", [4, 1])

@@ -137,14 +137,14 @@ def compile_model(run) -> bool:
             print_line(f"compile    {why}: not compiled")
             return False
     print_line("compile    writing kernels for this model; about half a minute, less the next time")
+    warnings.filterwarnings("ignore", module=r"torch\.")  # hints to itself, in later steps too
     if not has_compiler(run.settings.device):
         return False
     keep_masters(run)
     compile_blocks(run.model)
     here = [torch.cuda.current_device()] if run.settings.device == "cuda" else []
     buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
-    with torch.random.fork_rng(here), warnings.catch_warnings():  # leaves no trace in the run
-        warnings.simplefilter("ignore")  # the compiler's hints to itself
+    with torch.random.fork_rng(here):  # leaves no trace in the run
         try:
             with autocast(run.settings):
                 out = run.parallel(inputs, targets, return_logits=False)
