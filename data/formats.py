@@ -298,9 +298,17 @@ def text_blocks(file, name: str):
             at = done - len(error.object) + error.start
             start = f"{name} is not UTF-8 text (byte {at} is 0x{error.object[error.start]:02x})"
             if error.object[: error.start].isascii():
-                raise NotUTF8(f"{start}; convert it: {iconv('cp1252', name)}") from None
+                raise NotUTF8(f"{start}; {from_older(error.object, name)}") from None
             raise NotUTF8(f"{start} but was till there; drop it: {iconv('utf-8', name)}") from None
         yield text
+
+
+def from_older(data: bytes, name: str) -> str:
+    """What to do with text that is not UTF-8: of few letters beyond ASCII it is Western."""
+    letters = len(re.findall(rb"[A-Za-z]", data))
+    if len(re.findall(rb"[\x80-\xff]", data)) <= max(3, letters):  # 3: what a file may end in
+        return f"convert it: {iconv('cp1252', name)}"
+    return f"convert it from cp1251, gb18030, shift_jis or what it is: {iconv('ENCODING', name)}"
 
 
 def iconv(encoding: str, name: str) -> str:

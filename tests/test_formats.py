@@ -764,6 +764,7 @@ def test_a_file_that_is_not_packed_as_it_says_is_named(suffix):
 def test_the_command_that_converts_a_file_suits_it():
     for name, content, command in (
         ("a b.txt", b"caf\xe9", "iconv -f cp1252 -t utf-8 'a b.txt' > utf8.txt"),
+        ("a.txt", "Вот, 日".encode("gb18030"), "iconv -f ENCODING -t utf-8 a.txt > utf8.txt"),
         ("a.csv", "id,text".encode("utf-16"), "iconv -f utf-16 -t utf-8 a.csv > utf8.csv"),
         ("a.txt", "text\n".encode("utf-32"), "iconv -f utf-32 -t utf-8 a.txt > utf8.txt"),
         ("a.txt", b"caf\xc3\xa9 \xff", "iconv -c -f utf-8 -t utf-8 a.txt > utf8.txt"),
