@@ -527,7 +527,8 @@ def table(rows, name: str, text_column: str, note, is_table=True):
 def guess(header, first) -> tuple[list[str], bool]:
     """The columns of the text, seen from the first rows, and whether their names tell."""
     if text := column(header, TEXTS):
-        return [text], True
+        system = column(header, ASKED[:2]) if text.lower() in TALKS else None
+        return ([system] if system else []) + [text], True
     asked, answered = (
         [found for want in wanted if (found := column(header, (want,)))]
         for wanted in (ASKED, ANSWERED)
@@ -559,7 +560,8 @@ def texts_of(rows, chosen: list[str], name: str, note):
         text = row.get(one) or ""
         if others:
             parts = ((name, row.get(name) or "") for name in chosen)
-            text = "\n\n".join(f"{name}:\n{part}" for name, part in parts if part.strip())
+            parts = ((f"{name}:\n" * (name.lower() not in TALKS), part) for name, part in parts)
+            text = "\n\n".join(label + part for label, part in parts if part.strip())
         missing += not text.strip()
         yield text
     if missing:

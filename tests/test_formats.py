@@ -315,6 +315,10 @@ def test_a_first_row_is_not_taken_for_the_header(content):
         ),
         ({"context": "c", "question": "q", "answers": {"text": ["a", "b"]}}, None),
         ({"prompt": "p", "response": "r", "text": "p r"}, "p r"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}], "system": "s"},
+            "system:\ns\n\nhuman:\nq",
+        ),
         ({"rejected": "q: a long answer, but bad", "chosen": "q: good"}, "q: good"),
     ],
 )
