@@ -134,6 +134,11 @@ class ForeignTokenizer:
         if max(ids, default=0) >= self.vocab_size:
             token = self._theirs.id_to_token(max(ids))
             raise ValueError(f"the text holds {token}, a token that the model lacks; take it out")
+        if not allow_special and (found := {self.eot, *self.start}.intersection(ids)):
+            token = self._theirs.id_to_token(min(found))  # a Unigram knows no other way to write it
+            raise ValueError(
+                f"the text holds {token}, which this tokenizer can't spell; take it out"
+            )
         return ids
 
     def _pack(self, text):  # for encode_array, which puts end-of-text between documents

@@ -80,6 +80,7 @@ KINDS = {  # what else a folder may hold, and what to do
     ".epub": "e-book: pandoc -t plain FILE",
     ".pdf": "PDF: pdftotext FILE",
     ".arrow": "Arrow: save as Parquet, with to_parquet",
+    ".zip": "unpack it",
     ".png .jpg .jpeg .gif .webp .bmp .tif .tiff .heic .ico": "image",
 }
 KIND_OF = {suffix: f" ({kind})" for suffixes, kind in KINDS.items() for suffix in suffixes.split()}
@@ -179,18 +180,17 @@ def is_text(member: Member, file) -> bool:
 
 
 def left_out(path: Path, members: list[Member]) -> str:
-    """What of a folder is not read, as "3 .png (image)"; of a known set nothing."""
-    if not path.is_dir() or any(m.source in CATEGORIES or WIKI.search(m.name) for m in members):
+    """What of a folder or zip is not read, as "3 .png (image)"; of a known set nothing."""
+    is_one = path.is_file() and not is_zip(path)
+    if is_one or any(m.source in CATEGORIES or WIKI.search(m.name) for m in members):
         return ""
-    kept = {m.path for m in members}
-    visible = (p for p in path.rglob("*") if not any(part[0] == "." for part in p.parts[1:]))
-    suffixes = Counter()
-    for p in visible:
-        if p.is_file():
-            suffixes[p.suffix.lower() or p.name] += p not in kept
-        else:
-            suffixes["link(s) to folders (name those: A,B)"] += p.is_symlink() and p.is_dir()
-            suffixes["closed folder(s)"] += p.is_dir() and not os.access(p, os.R_OK | os.X_OK)
+    kept = {m[:2] for m in members}
+    names = [Path(m.name) for m in members_of(path) if m[:2] not in kept]
+    suffixes = Counter(name.suffix.lower() or name.name for name in names)
+    for p in path.rglob("*"):
+        if p.is_dir() and not any(part[0] == "." for part in p.relative_to(path).parts):
+            suffixes["link(s) to folders (name those: A,B)"] += p.is_symlink()
+            suffixes["closed folder(s)"] += not os.access(p, os.R_OK | os.X_OK)
     return ", ".join(some_of(+suffixes))  # +: without those of which there are 0
 
 
@@ -298,9 +298,17 @@ def text_blocks(file, name: str):
             at = done - len(error.object) + error.start
             start = f"{name} is not UTF-8 text (byte {at} is 0x{error.object[error.start]:02x})"
             if error.object[: error.start].isascii():
-                raise NotUTF8(f"{start}; convert it: {iconv('cp1252', name)}") from None
+                raise NotUTF8(f"{start}; {from_older(error.object, name)}") from None
             raise NotUTF8(f"{start} but was till there; drop it: {iconv('utf-8', name)}") from None
         yield text
+
+
+def from_older(data: bytes, name: str) -> str:
+    """What to do with text that is not UTF-8: of few letters beyond ASCII it is Western."""
+    letters = len(re.findall(rb"[A-Za-z]", data))
+    if len(re.findall(rb"[\x80-\xff]", data)) <= max(3, letters):  # 3: what a file may end in
+        return f"convert it: {iconv('cp1252', name)}"
+    return f"convert it from cp1251, gb18030, shift_jis or what it is: {iconv('ENCODING', name)}"
 
 
 def iconv(encoding: str, name: str) -> str:
@@ -436,10 +444,20 @@ def remove_directions(line: str) -> str:
 
 # --- 4. Tables to documents -----------------------------------------------------------------------
 
-# Column names without capitals and punctuation, likeliest first; a part of a name will do for the
-# first two, as nobody agreed on them.
+# Column names without capitals and punctuation, likeliest first; a word of a name will do for the
+# first two, as nobody agreed on them ("Speaker Name", but no "headline").
 SPEAKERS = ("player", "speaker", "character")
-LINES = ("playerline", "textentry", "dialogue", "dialog", "quote", "speech", "line", "text")
+LINES = (
+    "playerline",
+    "textentry",
+    "dialogue",
+    "dialog",
+    "quote",
+    "speech",
+    "line",
+    "lines",
+    "text",
+)
 PLAYS = ("play", "playname", "movie", "film", "movietitle", "title", "episode")
 PLACES = ("actsceneline", "linenumber")  # "1.2.77": act, scene, line; empty: nobody speaks
 TEXTS = (*TEXT_ALONE, *TALKS, "review", "description")
@@ -451,7 +469,7 @@ ANSWERED += ("targets", "chosen")
 
 
 def column(header, wanted: tuple, part=False) -> str | None:
-    """The column that has the first of the wanted names, or, of those with a part of it, one."""
+    """The column that has the first of the wanted names, or, of those with it as a word, one."""
     plain = {name: re.sub("[^a-z]", "", name.lower()) for name in header if name}
     exact = [name for want in wanted for name in plain if plain[name] == want]
     numbers = ("number", "id", "no", "dataline", "place")
@@ -459,9 +477,14 @@ def column(header, wanted: tuple, part=False) -> str | None:
         name
         for want in wanted
         for name in plain
-        if part and want in plain[name] and not plain[name].endswith(numbers)
+        if part and want in words(name) and not plain[name].endswith(numbers)
     ]
     return next(iter(exact + parts), None)
+
+
+def words(name: str) -> list[str]:
+    """Of "speaker_name" and "SpeakerName" speaker and name."""
+    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)]
 
 
 def table(rows, name: str, text_column: str, note, is_table=True):
@@ -504,7 +527,8 @@ def table(rows, name: str, text_column: str, note, is_table=True):
 def guess(header, first) -> tuple[list[str], bool]:
     """The columns of the text, seen from the first rows, and whether their names tell."""
     if text := column(header, TEXTS):
-        return [text], True
+        system = column(header, ASKED[:2]) if text.lower() in TALKS else None
+        return ([system] if system else []) + [text], True
     asked, answered = (
         [found for want in wanted if (found := column(header, (want,)))]
         for wanted in (ASKED, ANSWERED)
@@ -512,7 +536,7 @@ def guess(header, first) -> tuple[list[str], bool]:
     if asked and answered:
         return list(dict.fromkeys(asked + answered)), True
     inner = {name.rpartition(".")[2]: name for name in header}  # of "row.text" the end
-    if text := column(inner, TEXTS):
+    if text := column(inner, (*TEXTS, "chosen")):  # beside "rejected", the prompt in both
         return [inner[text]], True
     looks = {name: prose(row.get(name) or "" for row in first) for name in header}
     return [max(looks, key=looks.get, default="")], False
@@ -536,7 +560,8 @@ def texts_of(rows, chosen: list[str], name: str, note):
         text = row.get(one) or ""
         if others:
             parts = ((name, row.get(name) or "") for name in chosen)
-            text = "\n\n".join(f"{name}:\n{part}" for name, part in parts if part.strip())
+            parts = ((f"{name}:\n" * (name.lower() not in TALKS), part) for name, part in parts)
+            text = "\n\n".join(label + part for label, part in parts if part.strip())
         missing += not text.strip()
         yield text
     if missing:

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections import deque
+from functools import partial
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 BLOCK = 1 << 20  # of a Parquet file, read at a time [bytes]
@@ -23,7 +24,7 @@ def read_rows(suffix: str, content, name: str):
     content: blocks of text; of Parquet the open file. name: for a message of what is wrong with it.
     """
     readers = dict.fromkeys((".jsonl", ".ndjson"), jsonl_rows)
-    readers |= {".json": json_rows, ".parquet": parquet_rows}
+    readers |= {".json": json_rows, ".parquet": parquet_rows, ".tsv": partial(csv_rows, of="\t")}
     try:
         yield from readers.get(suffix, csv_rows)(content, name)
     except RecursionError:
@@ -68,8 +69,9 @@ def lines(blocks, name: str):
         yield rest
 
 
-def csv_rows(blocks, name: str):
-    """Yields a csv's rows as dicts; the commonest of , ; | and tab in its first line separates.
+def csv_rows(blocks, name: str, of: str = ""):
+    """Yields a csv's rows as dicts; the commonest of , ; | and tab in its first line separates, or
+    the one that the name tells of, if it is there.
 
     A row of another number of fields than the header's would lose text, and so would one whose
     quotes never end: ValueError names its line. Without a header, the first row would be lost.
@@ -79,7 +81,9 @@ def csv_rows(blocks, name: str):
         start.append(next(found, ""))
     first = start[-1]
     mark = re.fullmatch(r"sep=(.)\s*", first)  # Excel's, in a line before the header
-    delimiter = mark[1] if mark else max(",;\t|", key=re.sub('"[^"]*"', "", first).count)
+    bare = re.sub('"[^"]*"', "", first)
+    told = mark[1] if mark else of if of in bare else ""
+    delimiter = told or max(",;\t|", key=bare.count)
     start += few(found)
     reader = csv.reader(
         itertools.chain(start, found),
@@ -316,7 +320,8 @@ def parquet_rows(file, name: str):
         raise ValueError(f"{name} is Parquet, which needs a package: pip install pyarrow") from None
     try:
         table = parquet.ParquetFile(file, buffer_size=BLOCK, pre_buffer=False)
-        names = [field.name for field in table.schema_arrow if "string" in f"{field.type}"]
+        texts = re.compile("string|^(large_)?binary")  # some write text as bytes of no kind
+        names = [field.name for field in table.schema_arrow if texts.search(f"{field.type}")]
         if not names:
             have = ", ".join(table.schema_arrow.names)
             raise ValueError(f"{name} has no column of text; it has: {have}")
@@ -354,6 +359,9 @@ def flat_row(row, where: str) -> dict:
             flat |= {f"{name}.{inner}": text for inner, text in flat_row(value, where).items()}
         if isinstance(value, list):
             value = joined(value, where)
+        if isinstance(value, bytes):
+            with contextlib.suppress(UnicodeDecodeError):
+                value = value.decode()
         if isinstance(value, str):
             value = value.encode("utf-8", "replace").decode()
             flat[name] = value.replace("\r\n", "\n").replace("\r", "\n")

@@ -160,6 +160,17 @@ def test_films_need_only_a_speaker_and_a_line(speaker, line):
     assert len(notes) == 1 and repr(speaker) in notes[0] and repr(line) in notes[0]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"players": "two", "tagline": "mate", "description": "a game"},
+        {"character": "x1y", "headline": "news", "body": "a game"},
+    ],
+)
+def test_a_part_of_a_word_makes_no_play(row):
+    assert texts(write("a.jsonl", json.dumps(row))) == ["a game"]
+
+
 LADDER = (
     "the field, \n  \n    \n      B\n    \n    \\mathbf {B}\n  , in terms:\n\nwhere \n  \n    \n"
     "      μ\n      \n        0\n      \n    \n    {\\displaystyle \\mu _{0}}\n   is a number () "
@@ -271,6 +282,7 @@ def test_dialects_of_csv(content, found):
         ),
         ('id\ttext\n1\t"said ""Hi"""\n2\t"a\tb\nc"\n', ['said "Hi"', "a\tb\nc"]),
         ('id\ttext\n1\t"a"\n2\tb\n', ["a", "b"]),
+        ("text, whole\tid\nAnn, Bee\t1\nCid, Dee\t2\n", ["Ann, Bee", "Cid, Dee"]),
     ],
 )
 def test_quotes_of_a_tsv_are_text_where_they_quote_no_field(content, found):
@@ -303,6 +315,11 @@ def test_a_first_row_is_not_taken_for_the_header(content):
         ),
         ({"context": "c", "question": "q", "answers": {"text": ["a", "b"]}}, None),
         ({"prompt": "p", "response": "r", "text": "p r"}, "p r"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}], "system": "s"},
+            "system:\ns\n\nhuman:\nq",
+        ),
+        ({"rejected": "q: a long answer, but bad", "chosen": "q: good"}, "q: good"),
     ],
 )
 def test_the_column_that_is_guessed_is_prose_or_what_is_asked_and_answered(row, found):
@@ -667,6 +684,17 @@ def test_of_a_folder_a_line_tells_what_was_left_out_and_what_to_do():
     )
 
 
+def test_of_a_zip_alone_or_in_a_folder_a_line_tells_the_same():
+    inside = {"a.txt": b"text", "b.png": b"\x89PNG" + bytes(9), "c.zip": b"PK\3\4" + bytes(30)}
+    Path("mine").mkdir()
+    with zipfile.ZipFile("mine/a.zip", "w") as archive:
+        for name, content in inside.items():
+            archive.writestr(name, content)
+    for path in (Path("mine"), Path("mine/a.zip")):
+        left = formats.left_out(path, formats.find(path))
+        assert left == "1 .png (image), 1 .zip (unpack it)"
+
+
 def test_a_pointer_of_git_lfs_is_no_text_and_to_an_image_nothing():
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"
     write("code/a.py", "code")
@@ -740,6 +768,7 @@ def test_a_file_that_is_not_packed_as_it_says_is_named(suffix):
 def test_the_command_that_converts_a_file_suits_it():
     for name, content, command in (
         ("a b.txt", b"caf\xe9", "iconv -f cp1252 -t utf-8 'a b.txt' > utf8.txt"),
+        ("a.txt", "Вот, 日".encode("gb18030"), "iconv -f ENCODING -t utf-8 a.txt > utf8.txt"),
         ("a.csv", "id,text".encode("utf-16"), "iconv -f utf-16 -t utf-8 a.csv > utf8.csv"),
         ("a.txt", "text\n".encode("utf-32"), "iconv -f utf-32 -t utf-8 a.txt > utf8.txt"),
         ("a.txt", b"caf\xc3\xa9 \xff", "iconv -c -f utf-8 -t utf-8 a.txt > utf8.txt"),
@@ -900,6 +929,9 @@ def test_parquet_without_rows_or_with_bytes_that_are_no_text():
         read("b.parquet")
     parquet.write_table(arrow.table({"text": arrow.array([], "string")}), "c.parquet")
     assert texts("c.parquet") == []
+    table = {"text": text.slice(0, 1), "label": ["long"], "image": [b"\xff"]}
+    parquet.write_table(arrow.table(table), "d.parquet")
+    assert texts("d.parquet") == ["a"]
 
 
 CARD = "---\nlicense: mit\n---\n# A set\n"

@@ -1198,6 +1198,23 @@ def test_the_end_and_the_beginning_are_never_in_a_text_even_if_called_ordinary(m
 
 
 @pytest.mark.oracle
+def test_an_end_that_a_tokenizer_can_not_spell_is_refused_in_a_text(tmp_path):
+    def unigram():
+        t = import_oracle("tokenizers")
+        theirs = t.Tokenizer(t.models.Unigram())
+        theirs.pre_tokenizer, theirs.decoder = t.pre_tokenizers.Metaspace(), t.decoders.Metaspace()
+        special = dict(special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False)
+        theirs.train_from_iterator(DOCUMENTS, t.trainers.UnigramTrainer(vocab_size=200, **special))
+        return theirs, None, "</s>"
+
+    save_foreign(unigram, tmp_path)
+    tokenizer = foreign.load_tokenizer(tmp_path, 1000)
+    assert tokenizer.eot in tokenizer.encode("a</s>", allow_special=True)
+    with pytest.raises(ValueError, match="the text holds </s>, which this tokenizer can't spell"):
+        tokenizer.encode("a</s>")
+
+
+@pytest.mark.oracle
 @every_separator
 def test_tokens_added_beyond_the_model_are_left_out_and_refused_in_a_text(make, tmp_path, capsys):
     fast = save_foreign(make, tmp_path)
