@@ -444,20 +444,10 @@ def remove_directions(line: str) -> str:
 
 # --- 4. Tables to documents -----------------------------------------------------------------------
 
-# Column names without capitals and punctuation, likeliest first; a word of a name will do for the
-# first two, as nobody agreed on them ("Speaker Name", but no "headline").
+# Column names without capitals and punctuation, likeliest first; a word that starts so will do for
+# the first two, as nobody agreed on them ("Speaker Name", "movie_lines", but no "headline").
 SPEAKERS = ("player", "speaker", "character")
-LINES = (
-    "playerline",
-    "textentry",
-    "dialogue",
-    "dialog",
-    "quote",
-    "speech",
-    "line",
-    "lines",
-    "text",
-)
+LINES = ("playerline", "textentry", "dialogue", "dialog", "quote", "speech", "line", "text")
 PLAYS = ("play", "playname", "movie", "film", "movietitle", "title", "episode")
 PLACES = ("actsceneline", "linenumber")  # "1.2.77": act, scene, line; empty: nobody speaks
 TEXTS = (*TEXT_ALONE, *TALKS, "review", "description")
@@ -469,7 +459,7 @@ ANSWERED += ("targets", "chosen")
 
 
 def column(header, wanted: tuple, part=False) -> str | None:
-    """The column that has the first of the wanted names, or, of those with it as a word, one."""
+    """The column that has the first of the wanted names, or one with a word that starts so."""
     plain = {name: re.sub("[^a-z]", "", name.lower()) for name in header if name}
     exact = [name for want in wanted for name in plain if plain[name] == want]
     numbers = ("number", "id", "no", "dataline", "place")
@@ -477,7 +467,8 @@ def column(header, wanted: tuple, part=False) -> str | None:
         name
         for want in wanted
         for name in plain
-        if part and want in words(name) and not plain[name].endswith(numbers)
+        if part and not plain[name].endswith(numbers)
+        if any(word.startswith(want) for word in words(name))
     ]
     return next(iter(exact + parts), None)
 
