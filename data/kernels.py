@@ -101,11 +101,33 @@ def logits(router: lamoe.Router, x_BTD: Tensor, weight_ED: Tensor | None = None)
 plain_run_grouped, plain_logits = lamoe.run_grouped, lamoe.Router.logits
 
 
+def is_as_written() -> bool:
+    """Whether what is here has the values and gradients of lamoe.py, which a user may have changed:
+    a backward of SwiGLU's would give another activation wrong gradients, and no sign of it."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (6, 4), (6, 1), (2, 16, 4), (2, 4, 8)  # two experts of 8, three rows each
+    with torch.enable_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        parts = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+        ends_E, results = torch.tensor([3, 6], dtype=torch.int32), []
+        try:
+            for run in (plain_run_grouped, GroupedExperts.apply):
+                y = run(*parts, ends_E)
+                results.append([y, *torch.autograd.grad(y.square().sum(), parts)])
+            x_ND, weight_ED = parts[0], parts[2][0]
+            router = lamoe.TopK(lamoe.Config(16, dim=4, n_heads=2, n_experts=16))
+            results[0].append(plain_logits(router, x_ND[None], weight_ED))
+            results[1].append(x_ND @ weight_ED.T)
+        except (AttributeError, TypeError, ValueError, RuntimeError):  # of other shapes
+            return False
+    pairs = zip(*results, strict=True)
+    return all(a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-4) for a, b in pairs)
+
+
 def use() -> bool:
     """Lets lamoe.py train with this file from now on, where Triton is; whether it does."""
-    if can_run:
+    if can_run and lamoe.run_grouped is not run_grouped and is_as_written():
         lamoe.run_grouped, lamoe.Router.logits = run_grouped, logits
-    return can_run
+    return lamoe.run_grouped is run_grouped
 
 
 if can_run:

@@ -6,6 +6,7 @@ it is 107. And torch's library (MKL) multiplies a matrix by one row at a third o
 memory is read, with one thread; `times_row` does it at that speed, with two.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -16,9 +17,11 @@ from torch.nn.functional import silu
 
 import lamoe
 from data.run.machine import has_compiler
+from data.run.routers import with_built_in
 
 OURS = lamoe.Block, lamoe.Attention, lamoe.MoE, lamoe.SwiGLU, lamoe.RMSNorm
 FORWARDS = {part.forward for part in (*OURS, nn.Module, nn.Linear, nn.Identity)}
+TRIED: dict[tuple, bool] = {}  # see repeats_forward
 LARGE = 2**18  # numbers in a matrix: below, two threads take longer to meet than to multiply
 
 
@@ -63,6 +66,55 @@ def is_as_made(model: lamoe.LaMoE) -> bool:
         if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
             return False
     return True
+
+
+def way_to_write(model: lamoe.LaMoE) -> str:
+    """The fastest step that computes what model.forward does: "row", this file's, where weights
+    tell it all; "run", lamoe.py's; or "forward" itself, where that was changed, and they were not.
+    """
+    of_class = type(model).forward, type(model).predict
+    is_other = of_class != (lamoe.LaMoE.forward, lamoe.LaMoE.predict)
+    is_other |= not vars(model).keys().isdisjoint(("forward", "predict"))
+    is_other |= bool(model._forward_hooks or model._forward_pre_hooks)
+    if is_other or not repeats_forward(model.config, "run"):
+        return "forward"
+    return "row" if is_as_made(model) and repeats_forward(model.config, "run_row") else "run"
+
+
+def repeats_forward(c: lamoe.Config, way: str) -> bool:
+    """`tried`, once for each config and state of lamoe.py's code."""
+    parts = (part for name, part in vars(lamoe).items() if callable(part) and name != "Step")
+    key = repr(c), way, *((part, getattr(part, "forward", None)) for part in parts)
+    if key not in TRIED:
+        TRIED[key] = tried(c, way)
+    return TRIED[key]
+
+
+@torch.no_grad()
+def tried(c: lamoe.Config, way: str) -> bool:
+    """Whether a step with RowStep's method `way` has the logits of forward, in a narrow model of
+    this config with random weights. Who changes lamoe.py, an activation, say, changes forward.
+    """
+    heads = {"dim": 4 * c.n_heads, "head_dim": c.head_dim and 4}
+    sizes = {**heads, "hidden_dim": 4, "vocab_size": 16, "eval_capacity_factor": None}
+    generator, same_random_numbers = torch.Generator().manual_seed(0), torch.random.fork_rng([])
+    with same_random_numbers, torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        model = lamoe.LaMoE(dataclasses.replace(with_built_in(c), **sizes)).float().eval()
+        for weight in model.parameters():
+            scale = 1 if weight.dim() == 1 else weight.shape[-1] ** -0.5
+            weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+        ids_1T = torch.randint(16, (1, min(c.seq_len, 64)), generator=generator)
+        last_1V, logits = model(ids_1T).logits[:, -1], []
+        step = RowStep(model, 1, c.seq_len, (0.0,), 1.0, None)
+        if ids_1T.shape[1] > 1:
+            super(RowStep, step).read(ids_1T[:, :-1])
+        step.ids_B1, step.pick = ids_1T[:, -1:], lambda logits_BV, ids_BT: logits.append(logits_BV)
+        try:
+            step.take_apart()
+            getattr(step, way)()
+        except (AttributeError, TypeError, ValueError, RuntimeError):  # parts of other shapes
+            return False
+    return torch.allclose(logits[0], last_1V, rtol=1e-3, atol=1e-3 * last_1V.abs().max().item())
 
 
 class Layer:
@@ -121,32 +173,53 @@ class RowStep(lamoe.Step):
         """On an NVIDIA card few kernels of our own, where they fit; else the compiler's, if any."""
         from data import gpu_step  # here: importing Triton takes a second
 
-        if self.position.is_cuda and is_as_made(self.model) and gpu_step.covers(self):
+        way = way_to_write(self.model)
+        if self.position.is_cuda and way == "row" and gpu_step.covers(self):
             self.next = gpu_step.FewKernels(self)
-        elif has_compiler(self.position.device.type):
+        elif way != "forward" and has_compiler(self.position.device.type):
             super().compile()
+
+    def capture(self) -> None:
+        if way_to_write(self.model) != "forward":  # else there is nothing to capture
+            super().capture()
 
     def read(self, ids_BT: Tensor) -> None:
         super().read(ids_BT)
-        m, c = self.model, self.model.config
+        m = self.model
+        if self.next != self.run:  # it is compiled
+            way = "compiled"
+        elif (way := way_to_write(m)) == "forward":
+            self.next = self.run_forward
         if len(ids_BT) > 1 or ids_BT.device.type != "cpu":
             return
-        is_plain = self.next == self.run and self.dtype == torch.float32  # else it is compiled
-        if is_plain and is_as_made(m):
-            self.next, self.layers = self.run_row, [Layer(block, c) for block in m.blocks]
-            self.norm, self.head = m.norm.weight.detach(), halves(m.head.weight)
-            self.zero_1, self.eps_1 = torch.zeros(1), torch.tensor([c.norm_eps])
-            self.eye_KK = torch.eye(c.head_size)
+        if way == "row" and self.dtype == torch.float32:
+            self.take_apart()
+            self.next = self.run_row
         self.threads = torch.get_num_threads()
-        if self.next == self.run_row or c.dim < 256:  # run_row takes more, where it pays
+        if self.next == self.run_row or m.config.dim < 256:  # run_row takes more, where it pays
             self.next = on_one_thread(self.next)
+
+    def take_apart(self) -> None:
+        """What run_row needs of the model."""
+        m, c = self.model, self.model.config
+        self.layers, self.threads = [Layer(block, c) for block in m.blocks], 1
+        self.norm, self.head = m.norm.weight.detach(), halves(m.head.weight)
+        self.zero_1, self.eps_1 = torch.zeros(1), torch.tensor([c.norm_eps])
+        self.eye_KK = torch.eye(c.head_size)
+        left, right = self.eye_KK.chunk(2, dim=-1)
+        self.quarter_KK = torch.cat((-right, left), dim=-1)  # turns each pair by 90 degrees
+
+    def run_forward(self) -> None:
+        """`run`, for a model that others changed: by its own forward."""
+        self.pick(self.model(self.ids_B1, cache=self.cache).logits[:, -1], self.ids_B1)
+        self.position += 1
 
     def run_row(self) -> None:
         """`run`, for one row."""
         m, c, at, S = self.model, self.model.config, self.position, self.cache.length + 1
         heads, G, K = (c.n_heads, c.n_kv_heads), c.n_kv_heads, c.head_size
         product = partial(times_row, threads=self.threads)
-        turn_KK = lamoe.apply_rope(self.eye_KK, m.cos[S - 1], m.sin[S - 1])  # x turned: x @ turn
+        turn_KK = self.eye_KK * m.cos[S - 1] + self.quarter_KK * m.sin[S - 1]  # x turned: x @ turn
         x_11D, self.cache.length = m.embed(self.ids_B1).detach(), S
         for layer, (k_1GSK, v_1GSK) in zip(self.layers, self.cache.layers, strict=True):
             h_11D = norm_rows(x_11D, layer.norms[0], self.eps_1)

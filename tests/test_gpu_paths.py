@@ -185,11 +185,28 @@ def test_on_a_cpu_nothing_changes_where_there_is_a_card_too(monkeypatch):
     for where, name in ((lamoe, "run_grouped"), (lamoe.Router, "logits")):
         monkeypatch.setattr(where, name, getattr(where, name))  # undone at the end
     monkeypatch.setattr(kernels, "can_run", True)
-    monkeypatch.setattr(kernels, "GroupedExperts", None)
     args = [torch.randn(6, 8), torch.rand(6, 1), torch.randn(2, 8, 8), torch.randn(2, 8, 4)]
     args.append(torch.tensor([2, 6], dtype=torch.int32))
     plain = lamoe.run_grouped(*args)
-    assert kernels.use() and torch.equal(lamoe.run_grouped(*args), plain)
+    assert kernels.use()
+    monkeypatch.setattr(kernels, "GroupedExperts", None)
+    assert torch.equal(lamoe.run_grouped(*args), plain)
+
+
+@pytest.mark.parametrize("part", ["swiglu", "run_grouped", "logits"])
+def test_a_changed_expert_or_router_is_not_trained_by_kernels_of_the_old(part, monkeypatch):
+    """The written-out backward of another activation would be silently wrong."""
+    monkeypatch.setattr(kernels, "can_run", True)
+    of_old, plain = kernels.plain_run_grouped, lamoe.run_grouped
+    assert kernels.is_as_written()
+    where, name = {
+        "swiglu": (lamoe, "swiglu"),
+        "run_grouped": (kernels, "plain_run_grouped"),
+        "logits": (kernels, "plain_logits"),
+    }[part]
+    old = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *args: 2 * old(*args).tanh())
+    assert not kernels.use() and lamoe.run_grouped is plain is of_old
 
 
 @pytest.mark.skipif(not kernels.can_run, reason="needs an NVIDIA card")

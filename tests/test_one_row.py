@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lamoe
 from data import gpu_step, one_row
-from data.exchange import load
+from data.exchange import export, load
 from data.run.routers import router_name
 
 ROUTERS = sorted(lamoe.ROUTERS)
@@ -160,6 +160,61 @@ def test_what_is_put_on_a_model_counts_when_it_writes(change):
     with kernels, mock.patch.object(one_row, "has_compiler", lambda device: False):
         step.compile()
     assert step.next == step.run
+
+
+def changed(function, change=lambda y: 0.5 * y):
+    return lambda *args, **kwargs: change(function(*args, **kwargs))
+
+
+def other_logits(out):
+    return out._replace(logits=3 * out.logits.tanh())
+
+
+SOURCE = {  # what somebody changes in lamoe.py itself
+    "activation": ("swiglu", lambda gate_up: gate_up.chunk(2, -1)[0].relu().square()),
+    "norm": ("RMSNorm.forward", changed(lamoe.RMSNorm.forward, lambda y: y - y.mean(-1, True))),
+    "rotation": ("apply_rope", lambda x, cos, sin: x),
+    "attention": ("Attention.forward", changed(lamoe.Attention.forward)),
+    "block": ("Block.forward", changed(lamoe.Block.forward, lambda out: (out[0] / 2, out[1]))),
+    "router": (
+        "TopK.forward",
+        changed(lamoe.TopK.forward, lambda r: r._replace(weights_NA=r.weights_NA.sigmoid())),
+    ),
+    "model": ("LaMoE.forward", changed(lamoe.LaMoE.forward, other_logits)),
+    "a subclass of the model": None,
+}
+
+
+@pytest.mark.parametrize("change", SOURCE)
+def test_another_lamoe_py_counts_when_it_writes(change, tmp_path, monkeypatch):
+    """... and is exported by none, as no family computes it."""
+    model = random_model(small_config())
+    assert one_row.way_to_write(model) == "row"
+    ids_BT, before = random_ids(model.config, 1, 3), model(torch.tensor([[1, 2, 3]])).logits
+    if SOURCE[change]:
+        path, new = SOURCE[change]
+        monkeypatch.setattr(f"lamoe.{path}", new)
+        if path.endswith(".forward"):  # as if that had stood in the file
+            monkeypatch.setattr(one_row, "FORWARDS", one_row.FORWARDS | {new})
+    else:
+        forward = changed(lamoe.LaMoE.forward, other_logits)
+        model.__class__ = type("Capped", (lamoe.LaMoE,), {"forward": forward})
+    assert not torch.allclose(model(torch.tensor([[1, 2, 3]])).logits, before), "it changes nothing"
+    ids, logits = written(one_row.RowStep, model, ids_BT, 9, temperature=0.0)
+    all_BT = torch.cat((ids_BT, ids.T), dim=1)[:, :-1]
+    with torch.no_grad():
+        assert (logits[:, 0] - model(all_BT).logits[0, 2:]).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="was changed|adapter"):
+        export(model, None, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_whether_the_code_is_as_made_is_asked_once_and_draws_no_random_number():
+    model, before = random_model(small_config(n_layers=3)), torch.get_rng_state()
+    with mock.patch.object(one_row, "tried", wraps=one_row.tried) as tried:
+        for _ in range(2):
+            assert one_row.way_to_write(model) == "row"
+    assert tried.call_count == 2 and torch.equal(torch.get_rng_state(), before)
 
 
 def test_no_weight_is_copied_but_those_of_q_k_and_v():

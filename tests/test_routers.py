@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import assert_close, import_oracle, randomise, seeds
+from conftest import assert_close, import_oracle, randomise, seeds, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -280,3 +280,25 @@ def test_weights_are_not_negative_and_sum_as_the_paper_says(router, k, seed):
         else:
             whole = 2.5 if router == "deepseek" else 1.0
             assert_close(sums_N, torch.full_like(sums_N, whole), 1e-5)
+
+
+def test_deepseeks_loss_counts_the_highest_scores_and_not_what_the_bias_chose():
+    c = small_config(router="deepseek", n_experts=4, top_k=1)
+    router = randomise(lamoe.DeepSeek(c)).train()
+    x_BTD = noise(2, 8, c.dim)
+    before = router(x_BTD)
+    router.bias[3] = 9.0  # all go to expert 3 now
+    after = router(x_BTD)
+    assert (after.experts_NA == 3).all() and not torch.equal(after.experts_NA, before.experts_NA)
+    assert torch.equal(after.balance, before.balance)
+
+
+def test_switchs_load_is_what_was_wanted_and_not_what_capacity_left():
+    c = small_config(router="switch", n_experts=4, capacity_factor=0.5, jitter=0.0)
+    router = lamoe.Switch(c).train()
+    torch.nn.init.zeros_(router.weight)  # a tie: all want expert 0, which takes 2 of 16
+    routing = router(torch.ones(2, 8, c.dim))
+    assert routing.dropped == 14 / 16 and routing.load_E.tolist() == [1, 0, 0, 0]
+    router.weight.data[1, 0], x_BTD = 1.0, torch.zeros(2, 8, c.dim)
+    x_BTD[:, 4:6, 0] = 1.0  # 4 of 16 want expert 1
+    assert router(x_BTD).load_E.tolist() == [0.75, 0.25, 0, 0]

@@ -24,7 +24,7 @@ from data.exchange.gguf_file import FORMATS, write_gguf
 from data.exchange.huggingface import FAMILIES, dense_layers, family_of, hf_tensors, to_hf_config
 from data.exchange.load import import_safetensors, load
 from data.foreign import tokenizer_files
-from data.one_row import is_as_made
+from data.one_row import is_as_made, way_to_write
 from data.run.files import flush_folder
 from data.run.flags import OneLineParser, one_line_errors
 from data.run.routers import router_name
@@ -45,7 +45,7 @@ def export(
 
     The folder is new or empty, and appears complete: it is written under another name first.
     ValueError if no family of transformers computes what this model does, or if its weights alone
-    don't tell (one_row.is_as_made). An `out` that ends in .gguf is a file for llama.cpp instead,
+    don't tell (one_row.way_to_write). An `out` that ends in .gguf is a file for llama.cpp instead,
     with its numbers in dtype: see gguf_file.py. add_bos: of tokenizer_files. family: qwen3_next
     (gates.py), or None for the one that is closest.
     """
@@ -53,6 +53,9 @@ def export(
     if not is_as_made(model):
         remedy = "merge it into the weights, or take it off"
         raise ValueError(f"an adapter, a bias or a hook was put on the model; {remedy}")
+    if way_to_write(model) != "row":
+        wrong = "lamoe.py or its LaMoE was changed, and no other program computes what it does now"
+        raise ValueError(f"{wrong}; keep the checkpoint, beside this lamoe.py")
     if is_gguf(folder):
         return write_gguf(model, tokenizer, folder, dtype)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
