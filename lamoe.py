@@ -870,7 +870,7 @@ class Step:
         self.ids_B1.copy_(ids_B[:, None])
 
     def compile(self) -> None:
-        """Makes `next` compiled code: on a CPU 2.6 (38M parameters) to 5 times (2M) as fast."""
+        """Makes `next` compiled code: on a CPU 2.2 (38M parameters) to 5 times (2M) as fast."""
         self.static, self.fuses = True, len(self.ids_B1) == 1
         self.next = torch.compile(self.run, fullgraph=True, dynamic=False)
 

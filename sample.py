@@ -28,7 +28,7 @@ from data.run.scoring import score
 
 # --- 1. Flags -------------------------------------------------------------------------------------
 
-LONG = {"cpu": 100_000, "mps": 100_000, "cuda": 2_000}  # tokens: from there on compiling pays
+LONG = {"cpu": 100_000, "mps": 100_000, "cuda": 2_000}  # tokens: from there on compiled unasked
 
 
 class Parser(OneLineParser):

@@ -26,7 +26,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from data.run.files import write_text  # noqa: E402
-from data.run.flags import OneLineParser, number, one_line_errors  # noqa: E402
+from data.run.flags import OneLineParser, number, one_line_errors, quoted  # noqa: E402
 from data.run.log import read_rows  # noqa: E402
 from data.run.messages import print_picture  # noqa: E402
 from data.run.pictures import COLOURS, import_pyplot, read_run, save  # noqa: E402
@@ -85,7 +85,7 @@ def train(run: Path, *flags: str, **environment: str) -> list[dict]:
     made.parent.mkdir(parents=True, exist_ok=True)
     write_text(made, command)
     if not is_complete(run):
-        print(f"$ {command} --resume --out {run}", flush=True)
+        print(f"$ {command} --resume --out {quoted(run)}", flush=True)
         script = [sys.executable, str(ROOT / "train.py")]
         words += ["--resume", "--out", str(run)]
         process = subprocess.Popen([*script, *words], env={**os.environ, **environment})

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from code import InteractiveConsole
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -203,6 +204,15 @@ def test_the_lines_of_python_run(workplace, monkeypatch, capsys):
     rows = capsys.readouterr().out.splitlines()[-len(names["sentence"]) :]
     pairs = r"\[[0-3], [0-3]\]"
     assert all(re.fullmatch(rf"'.*' \[{pairs}, {pairs}\]", row) for row in rows)
+
+
+def test_the_lines_of_python_may_be_pasted_into_pythons_shell(monkeypatch):
+    """There a loop ends at an empty line, and what follows without one is a SyntaxError."""
+    parts, shell = [], InteractiveConsole()
+    monkeypatch.setattr(shell, "runcode", parts.append)
+    monkeypatch.setattr(shell, "showsyntaxerror", lambda *a, **k: pytest.fail(shell.buffer[-1]))
+    (code,) = re.findall(PYTHON, README, re.M | re.S)
+    assert [shell.push(line) for line in f"{code}\n".split("\n")][-1] is False and len(parts) > 15
 
 
 def test_the_sparse_layer_fits_a_model_of_vectors():

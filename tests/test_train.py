@@ -885,7 +885,7 @@ def test_what_was_chosen_and_for_which_text_is_printed_and_kept(data, kind, caps
         rf"recipe     for {kind} text of [\d.]+ MB, read (\S+) times: .*", capsys.readouterr().out
     )
     settings = json.loads(Path("run/config.json").read_text())
-    assert f"AdamW {settings['lr']:g}, decay {settings['weight_decay']:g}" in line[0]
+    assert f"AdamW {settings['lr']:g}, weight decay {settings['weight_decay']:g}" in line[0]
     assert settings["muon_ffn"] == ("attention and experts" in line[0])
     if kind == "generated":
         assert presets.DRAWN.items() <= {**settings, "vocab_size": 2048}.items()

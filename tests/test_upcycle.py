@@ -1,5 +1,6 @@
 """A dense model made sparse computes the same until training moves its experts apart."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from bpe import Tokenizer
 from data.exchange import export, load, weights_from
 from data.run import checkpoint
 
-ROUTERS = Path(__file__).parent / "routers"
+ROUTERS = shlex.quote(f"{Path(__file__).parent.as_posix()}/routers")  # a folder may have spaces
 RUN = "--data text.txt --steps 4 --batch_size 2 --seq_len 16 --dtype fp32 --device cpu".split()
 
 
@@ -84,7 +85,7 @@ def first_losses(*flags):
 )
 def test_training_starts_at_the_loss_of_the_dense_folder(kind, flags):
     hf = theirs(kind)
-    (dense, *sparse), model = first_losses("--init", kind, "--n_experts", 8, *flags.split())
+    (dense, *sparse), model = first_losses("--init", kind, "--n_experts", 8, *shlex.split(flags))
     assert sparse == pytest.approx([dense, dense], abs=1e-5)
     assert model.config.n_experts == 8 and len(model.sparse_layers) == 2
     ids_BT = random_ids(model.config, 2, 12)
@@ -101,13 +102,15 @@ def test_training_starts_at_the_loss_of_the_dense_folder(kind, flags):
         ("--hidden_dim 12 --top_k 4", 4, 2),
         ("--hidden_dim 6 --router deepseek", 4, 1),
         ("--hidden_dim 12 --n_dense_layers 1", 2, 1),
-        (f"--router {ROUTERS / 'hash_router.py'}", 2, 2),
-        (f"--router {ROUTERS / 'top_p.py'}", 2, 2),
+        (f"--router {ROUTERS}/hash_router.py", 2, 2),
+        (f"--router {ROUTERS}/top_p.py", 2, 2),
     ],
 )
 def test_training_starts_at_the_loss_of_our_own_dense_checkpoint(flags, top_k, active):
     ours()
-    (dense, *sparse), model = first_losses("--init", "dense.pt", "--n_experts", 8, *flags.split())
+    (dense, *sparse), model = first_losses(
+        "--init", "dense.pt", "--n_experts", 8, *shlex.split(flags)
+    )
     assert sparse == pytest.approx([dense, dense], abs=1e-5)
     c = model.config
     assert c.top_k == top_k and c.top_k * c.hidden_dim == active * 24
@@ -163,7 +166,7 @@ def test_what_transformers_opens_after_it_equals_what_it_opened_before(tmp_path)
     "flags, told",
     [
         ("--router switch", "router='switch' do not begin as the dense model; try --router topk"),
-        (f"--router {ROUTERS / 'expert_choice.py'}", "do not begin as the dense model"),
+        (f"--router {ROUTERS}/expert_choice.py", "do not begin as the dense model"),
         ("--router noisy --hidden_dim 6", "do not begin as the dense model"),
         ("--router deepseek --hidden_dim 6 --n_experts 12 --n_groups 2", "do not begin as"),
         ("--hidden_dim 7", "--hidden_dim 7 does not divide the 24 hidden units of dense.pt"),
@@ -181,7 +184,7 @@ def test_what_transformers_opens_after_it_equals_what_it_opened_before(tmp_path)
 )
 def test_what_would_not_begin_as_the_dense_model_is_refused_in_one_line(flags, told, capsys):
     ours()
-    line = ["--init", "dense.pt", "--n_experts", 8, *RUN, *flags.split(), "--out", "run"]
+    line = ["--init", "dense.pt", "--n_experts", 8, *RUN, *shlex.split(flags), "--out", "run"]
     assert call(train, *line) == 2
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == 1 and told in printed[0], printed

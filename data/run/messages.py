@@ -49,8 +49,8 @@ def introduce(run) -> None:
     frozen = ", routers frozen" if settings.freeze_router else ""
     print_line(
         f"recipe     for {kind} text of {size_of(n_bytes)}, read {times:.2g} times: Muon "
-        f"{settings.muon_lr:g} on {on}, AdamW {settings.lr:g}, decay {settings.weight_decay:g}"
-        f"{frozen}"
+        f"{settings.muon_lr:g} on {on}, AdamW {settings.lr:g}, weight decay "
+        f"{settings.weight_decay:g}{frozen}"
     )
     files = "log.csv, last.pt, best.pt"
     print_line(f"run        {run.folder}: {files}; Ctrl-C saves, --resume goes on")
