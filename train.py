@@ -372,7 +372,7 @@ def train(run: Run, stop: list) -> None:
             log.add({"step": step, "lr": schedule(step - 1, settings) * settings.lr, **row})
         if saving or stopping:
             log.flush()  # first: a resume must find all rows up to its checkpoint
-            for name in ["last.pt"] + ["plateau.pt"] * plateau_ends:
+            for name in ["plateau.pt"] * plateau_ends + ["last.pt"]:  # which then needs no other
                 storage.save_run(run, name)
 
 

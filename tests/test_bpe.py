@@ -172,6 +172,11 @@ def test_training_stops_when_no_pair_is_left():
     assert Tokenizer.train([], 1000).vocab_size == Tokenizer.train([""], 257).vocab_size == 257
 
 
+def test_a_pair_that_is_too_long_keeps_no_other_from_being_merged():
+    merges = bpe.learn_merges({"a" * 4096: 9, "bc": 1}, 99)
+    assert len(merges) == 11 and merges[-1] == (98, 99)  # 2, 4, ... 1024 times a, then bc
+
+
 def test_training_streams_its_documents():
     alive = Counter()
 
@@ -467,8 +472,9 @@ def test_what_training_makes_is_never_refused():
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_file_is_split_at_lines_that_are_exactly_the_special_token(tmp_path, end):
     lines = ["one", f" {SPECIAL}", f"x{SPECIAL}", SPECIAL, "two", SPECIAL, SPECIAL, f"{SPECIAL}!"]
-    (tmp_path / "f").write_bytes("".join(line + end for line in lines).encode())
-    whole = [f"one\n {SPECIAL}\nx{SPECIAL}\n", "two\n", "", f"{SPECIAL}!\n"]  # as in training
+    lines += ["three", SPECIAL]  # the last line has no end, and the first a byte order mark
+    (tmp_path / "f").write_bytes(f"\ufeff{end.join(lines)}".encode())
+    whole = [f"one\n {SPECIAL}\nx{SPECIAL}\n", "two\n", "", f"{SPECIAL}!\nthree\n", ""]
     assert list(bpe.read_documents(tmp_path / "f")) == whole
 
 
@@ -500,6 +506,7 @@ def run_cli(monkeypatch, capsys, *arguments):
         ("naïve".encode("latin1"), [], "not UTF-8 at byte 2; convert it"),
         (b"a\n" * 2_000_000 + b"\xff\n", [], "not UTF-8 at byte 4000000; convert it"),
         (b"caf\xc3", [], "not UTF-8 at byte 3; convert it"),
+        ("text".encode("utf-16-le"), [], "has zero bytes: if text, then iconv -f utf-16"),
         (b"some text", ["--vocab_size", "256"], "use 257 or more"),
         (b"some text", ["--vocab_size", "many"], "invalid int value"),
         (b"some text", ["--vocab", "x", "--what"], "invalid int value"),

@@ -1,6 +1,7 @@
 """A run is its flags and its seed: stopped, resumed or repeated, it ends in the same numbers."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -415,6 +416,27 @@ def test_a_run_with_a_plateau_goes_on_from_it_as_if_it_had_been_longer(stop, cap
         assert [p for p in one if one[p] != other[p] and not p.startswith(own)] == []
     assert checkpoint.read("resumed/plateau.pt")["done"]["step"] == 12
     assert Path("resumed/best.pt").read_bytes() != best  # a better one
+
+
+def test_a_run_that_ends_between_two_saves_keeps_its_plateau_and_its_best(capsys):
+    """A full disk, or a kill: last.pt comes last, and best.pt may be of after it."""
+    flags = "--steps 12 --decay 0.5 --warmup 0 --eval_every 3 --save_every 99 --lr 0.02"
+    assert start("straight", flags) == 0
+    save, best = checkpoint.save, checkpoint.read("straight/plateau.pt")["done"]["best"]
+
+    def full(path, parts):
+        if path.name == "plateau.pt":
+            raise OSError(errno.EFBIG, "File too large")
+        save(path, parts)
+
+    with mock.patch.object(checkpoint, "save", full):
+        assert start("run", flags) == 2
+    assert "File too large; ulimit -f or the disk's" in capsys.readouterr().err
+    assert resume("run", "--data text.txt", *TINY, flags) == 0
+    assert state_of("run/plateau.pt") == state_of("straight/plateau.pt")
+    saved = {"train_config": {"steps": 12}, "done": {**storage.NOTHING_DONE, "step": 2}}
+    longer = storage.before_decay(Path("run"), saved, train.TrainConfig)
+    assert longer["done"]["step"] == 6 and longer["done"]["best"] == best
 
 
 def test_a_better_model_of_an_earlier_decay_stays_the_best():

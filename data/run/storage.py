@@ -139,7 +139,8 @@ def before_decay(folder: Path, saved: dict, train_config) -> dict:
     plateau = read_run(folder / "plateau.pt", train_config)
     if not plateau or plateau["train_config"]["steps"] != saved["train_config"]["steps"]:
         return saved  # plateau.pt is of the decay before this one
-    best = {name: saved["done"][name] for name in ("best", "best_step")}
+    best = min(saved["done"], plateau["done"], key=lambda done: done["best"])
+    best = {name: best[name] for name in ("best", "best_step")}
     return {**plateau, "done": {**plateau["done"], **best}}
 
 
@@ -214,6 +215,8 @@ GO_ON = "then the same command goes on, with --resume once it has trained"
 REMEDIES = {  # an error of the disk, and what to do
     errno.ENOSPC: f"; make room, {GO_ON}",
     errno.EDQUOT: f"; make room, {GO_ON}",
+    errno.EFBIG: f"; ulimit -f or the disk's format forbids it: lift that, {GO_ON}, "
+    "or choose another --out",
     errno.EROFS: f"; make it writable, {GO_ON}, or choose another --out",
     errno.EACCES: f"; close it elsewhere and see that it can be read and written, {GO_ON}",
     errno.ENOENT: "; was it taken away? start again, or choose another --out",
