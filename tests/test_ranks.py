@@ -79,6 +79,7 @@ def runs(tmp_path_factory):
         with at_training_step(8, press_ctrl_c):  # to be resumed by two
             assert call(train, *COMMON, "--out", "topk-then-2") == 130
         lines.append("0 --resume --fsdp --device cpu --out topk-then-2")
+        lines.append(f"2 {' '.join(COMMON)} --decay 0.9 --warmup 0 --log_every 3 --out plateau")
         (folder / "runs.txt").write_text("\n".join(lines))
         torchrun(folder, str(ROOT / "tests" / "ranks.py"))
         for name in ("topk", "topk-fsdp"):
@@ -129,6 +130,13 @@ def test_shards_are_saved_whole(runs, name):
             shapes = [{k: v.shape for k, v in s.items()} for s in (state, theirs["state"][i])]
             assert shapes[0] == shapes[1]
     exchange.load(runs / f"{name}-2" / "best.pt")
+
+
+def test_an_unfinished_row_is_saved_as_the_mean_over_ranks(runs):
+    """A run killed after it goes on with it; plateau.pt is of step 2 here, the row of step 3."""
+    n, loss, *_ = checkpoint.read(runs / "plateau" / "plateau.pt")["meter"][0].tolist()
+    whole = sum(float(row["train_loss"]) for row in log_of(runs / "topk-2")[:2])
+    assert n == 2 and loss == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["topk-then-1", "topk-fsdp-then-1", "topk-then-2"])

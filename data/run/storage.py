@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import lamoe
 from data.run import checkpoint, ranks
 from data.run.files import first_free, lock_folder, make_folder, remove_leftovers
 from data.run.flags import first_line, quoted
@@ -123,7 +124,7 @@ def save_run(run, name: str) -> None:
     }
     if name != "best.pt":
         parts["optimizers"] = [ranks.full_state(o.state_dict()) for o in run.optimizers]
-        parts["meter"] = [run.meter.scalars, run.meter.load]
+        parts["meter"] = [lamoe.global_mean(run.meter.scalars), run.meter.load]
         parts["rng"] = torch.get_rng_state()
         if run.settings.device == "cuda":
             parts["cuda_rng"] = torch.cuda.get_rng_state()
