@@ -787,6 +787,16 @@ def test_two_micro_steps_of_four_windows_equal_one_step_of_eight():
             assert float(whole[column]) == pytest.approx(float(halves[column]), rel=1e-4)
 
 
+@pytest.mark.parametrize("weight", ["balance_weight", "z_weight"])
+def test_the_routers_own_losses_are_trained_on(weight):
+    """In the first step nothing else moves them: experts give zeros."""
+    for share in (0, 1):
+        start(f"{share}", "--steps 1 --balance_weight 0 --z_weight 0", f"--{weight} {share}")
+    name = "blocks.0.ffn.router.weight"
+    none, moved = (checkpoint.read(f"{share}/last.pt")["model"][name] for share in (0, 1))
+    assert not torch.equal(none, moved)
+
+
 def test_the_bias_of_deepseeks_router_is_updated_once_a_step():
     start("run", "--router deepseek --top_k 1 --steps 1 --grad_accum 2 --bias_rate 0.125")
     state = checkpoint.read("run/last.pt")["model"]
