@@ -778,13 +778,22 @@ def test_each_step_takes_the_rates_of_the_schedule():
 
 def test_two_micro_steps_of_four_windows_equal_one_step_of_eight():
     """Without the balance loss, which is not a mean over tokens but a product of two."""
-    flags = "--steps 4 --log_every 1 --balance_weight 0"
+    flags = "--steps 4 --log_every 1 --balance_weight 0 --z_weight 1"
     start("whole", flags, "--batch_size 8")
     start("halves", flags, "--batch_size 4 --grad_accum 2")
     for whole, halves in zip(log_of("whole"), log_of("halves"), strict=True):
         assert whole["tokens"] == halves["tokens"]
         for column in ("train_loss", "grad_norm", "val_loss"):
             assert float(whole[column]) == pytest.approx(float(halves[column]), rel=1e-4)
+
+
+def test_gradients_are_clipped_at_the_norm_of_the_flag():
+    """AdamW divides by a gradient's size, but not by less than 1e-8."""
+    for clip in ("1", "1e-12"):
+        start(clip, "--steps 1 --clip", clip)
+    heads = (checkpoint.read(f"{clip}/last.pt")["model"]["head.weight"] for clip in ("1", "1e-12"))
+    free, held = (head.abs().max() for head in heads)  # zero at first
+    assert 0 < held < free / 100
 
 
 @pytest.mark.parametrize("weight", ["balance_weight", "z_weight"])
