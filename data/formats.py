@@ -187,9 +187,10 @@ def left_out(path: Path, members: list[Member]) -> str:
     kept = {m[:2] for m in members}
     names = [Path(m.name) for m in members_of(path) if m[:2] not in kept]
     suffixes = Counter(name.suffix.lower() or name.name for name in names)
-    for p in path.rglob("*"):
-        if p.is_dir() and not any(part[0] == "." for part in p.relative_to(path).parts):
-            suffixes["link(s) to folders (name those: A,B)"] += p.is_symlink()
+    for folder, inner, _ in os.walk(path):
+        inner[:] = [name for name in inner if name[0] != "."]  # walk goes into these
+        for p in (os.path.join(folder, name) for name in inner):
+            suffixes["link(s) to folders (name those: A,B)"] += os.path.islink(p)
             suffixes["closed folder(s)"] += not os.access(p, os.R_OK | os.X_OK)
     return ", ".join(some_of(+suffixes))  # +: without those of which there are 0
 
