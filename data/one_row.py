@@ -55,6 +55,11 @@ def norm_rows(x_R1K: Tensor, weight: Tensor, eps_1: Tensor) -> Tensor:
     return x_R1K * weight * scale_R11
 
 
+def is_hooked(part: nn.Module) -> bool:
+    """Whether this part has a hook, or a forward of its own."""
+    return bool(part._forward_hooks or part._forward_pre_hooks) or "forward" in vars(part)
+
+
 def is_as_made(model: lamoe.LaMoE) -> bool:
     """Whether weights tell what each part does: none was replaced or parametrized (as adapters do),
     has a bias, a hook or a forward of its own. What is written out would pass all that by.
@@ -63,7 +68,7 @@ def is_as_made(model: lamoe.LaMoE) -> bool:
         is_other = type(part).forward not in FORWARDS or getattr(part, "bias", None) is not None
         if is_other and "router" not in path.split("."):  # another router is asked itself
             return False
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+        if is_hooked(part):
             return False
     return True
 
@@ -74,8 +79,7 @@ def way_to_write(model: lamoe.LaMoE) -> str:
     """
     of_class = type(model).forward, type(model).predict
     is_other = of_class != (lamoe.LaMoE.forward, lamoe.LaMoE.predict)
-    is_other |= not vars(model).keys().isdisjoint(("forward", "predict"))
-    is_other |= bool(model._forward_hooks or model._forward_pre_hooks)
+    is_other |= is_hooked(model) or "predict" in vars(model)
     if is_other or not repeats_forward(model.config, "run"):
         return "forward"
     return "row" if is_as_made(model) and repeats_forward(model.config, "run_row") else "run"
@@ -188,9 +192,8 @@ class RowStep(lamoe.Step):
     def read(self, ids_BT: Tensor) -> None:
         super().read(ids_BT)
         m = self.model
-        if self.next != self.run:  # it is compiled
-            way = "compiled"
-        elif (way := way_to_write(m)) == "forward":
+        way = way_to_write(m) if self.next == self.run else "compiled"
+        if way == "forward":
             self.next = self.run_forward
         if len(ids_BT) > 1 or ids_BT.device.type != "cpu":
             return
@@ -209,7 +212,8 @@ class RowStep(lamoe.Step):
         self.zero_1, self.eps_1 = torch.zeros(1), torch.tensor([c.norm_eps])
         self.eye_KK = torch.eye(c.head_size)
         left, right = self.eye_KK.chunk(2, dim=-1)
-        self.quarter_KK = torch.cat((-right, left), dim=-1)  # turns each pair by 90 degrees
+        # Turns each pair by 90 degrees; not by apply_rope, so that `tried` sees a change of that.
+        self.quarter_KK = torch.cat((-right, left), dim=-1)
 
     def run_forward(self) -> None:
         """`run`, for a model that others changed: by its own forward."""
